@@ -1,0 +1,154 @@
+"""The rows: what is held before, what is asked for, and how one round of it is timed beside the floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import lib_locon
+from benchmarks import adapters
+from benchmarks.memory import settle, watch
+
+
+class Tag(NamedTuple):
+    """An adapter of a kind at a strength; `copy` tells several of one kind apart."""
+
+    kind: str
+    strength: float = 1.0
+    copy: int = 0
+
+
+class Row(NamedTuple):
+    """A change from one set of adapters to another."""
+
+    before: tuple[Tag, ...]
+    after: tuple[Tag, ...]
+
+
+_R8 = (Tag("locon-r8"),)
+_ALL: dict[str, Row] = {
+    "locon-r8": Row((), _R8),
+    "locon-r32": Row((), (Tag("locon-r32"),)),
+    "locon-r32-x3": Row((), tuple(Tag("locon-r32", 0.8, copy) for copy in range(3))),
+    "strength": Row(_R8, (Tag("locon-r8", 0.7),)),
+    "lokr-f8": Row((), (Tag("lokr-f8"),)),
+    "loha-r32": Row((), (Tag("loha-r32"),)),
+    "dora-r32": Row((), (Tag("dora-r32"),)),
+    "remove": Row(_R8, ()),
+    "same": Row(_R8, _R8),
+}
+ROWS = {name: row for name, row in _ALL.items() if all(tag.kind in adapters.KINDS for tag in row.before + row.after)}
+"""The rows that this version of lib_locon can do."""
+STARTS: dict[str, tuple[Tag, ...]] = {"base": (), "other": (Tag("locon-r8", copy=-1),)}
+"""What the model holds before a row that applies: nothing, or an adapter that no row has."""
+
+
+def row_from(name: str, start: str) -> Row:
+    """The row with its start: `before` is what it says there, or the start where it says nothing."""
+    row = ROWS[name]
+    return row if row.before else Row(STARTS[start], row.after)
+
+
+@dataclass
+class Measured:
+    """One row's figures, a number for each round."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: int | None = None
+    written: int = 0
+
+
+class Rig:
+    """One model with its session, its adapters (read and matched beforehand, once per file), and the floor's copy."""
+
+    def __init__(self, model: nn.Module, rows: Sequence[str], folder: Path, start: str = "base") -> None:
+        self.rows = {name: row_from(name, start) for name in rows}
+        self.session = lib_locon.Session(model)
+        parameters = dict(model.named_parameters())
+        self.touched = [parameters[path] for path in adapters.trained(self.session.table).values()]
+        self.pristine: list[Tensor] = [weight.detach().clone() for weight in self.touched]
+        self.adapters: dict[tuple[str, int], lib_locon.Adapter] = {}
+        for tag in sorted({(tag.kind, tag.copy) for row in self.rows.values() for tag in (*row.before, *row.after)}):
+            kind, copy = tag
+            file = adapters.write(folder / f"{kind}-{copy}.safetensors", kind, self.session.table, seed=copy + 1)
+            self.adapters[tag] = lib_locon.load(file)
+            found = self.session.match(self.adapters[tag])
+            if found.unmatched or found.used != len(self.touched):
+                raise RuntimeError(
+                    f"{kind}: {found.used} of {len(self.touched)} modules matched: {found.unmatched[:3]}"
+                )
+
+    def uses(self, tags: Iterable[Tag]) -> list[lib_locon.Use]:
+        """What the session is to hold."""
+        return [
+            lib_locon.Use(self.adapters[tag.kind, tag.copy], lib_locon.Strengths.both(tag.strength)) for tag in tags
+        ]
+
+    def floor(self) -> float:
+        """Seconds for one plain copy of the touched weights; the model must hold its base, and does so after."""
+        start = perf_counter()
+        with torch.no_grad():
+            for weight, base in zip(self.touched, self.pristine, strict=True):
+                weight.copy_(base)
+        return perf_counter() - start
+
+    def change(self, row: str, into: Measured, *, memory: bool = False) -> None:
+        """One change, timed, or (with `memory`) watched; never both."""
+        before, after = (self.uses(tags) for tags in self.rows[row])
+        self.session.apply(before)
+        settle()
+        with watch(memory) as peak:
+            start = perf_counter()
+            report = self.session.apply(after)
+            seconds = perf_counter() - start
+        into.written = report.written
+        if memory:
+            into.peak = peak.over_rest
+        else:
+            into.seconds.append(seconds)
+
+    def round(self, floors: list[float], into: dict[str, Measured], *, memory: bool = False) -> None:
+        """Every row once, a floor before each: what else the machine does falls on both."""
+        for row in self.rows:
+            self.session.apply(())
+            floors.append(self.floor())
+            self.change(row, into[row], memory=memory)
+        self.session.apply(())
+
+    def run(self, rounds: int) -> tuple[float, dict[str, Measured]]:
+        """The floor in seconds, and the rows. The first round warms up and tells the memory; the others the time."""
+        into = {row: Measured() for row in self.rows}
+        self.round([], into, memory=True)
+        floors: list[float] = []
+        for _ in range(rounds):
+            self.round(floors, into)
+        self.check()
+        return median(floors), into
+
+    def check(self) -> None:
+        """Raises unless the model holds its base again: a ratio of a change that went wrong is worth nothing."""
+        if not all(torch.equal(weight, base) for weight, base in zip(self.touched, self.pristine, strict=True)):
+            raise RuntimeError("the model does not hold its base again")
+
+
+def as_json(name: str, dtype: str, floor: float, found: Measured) -> dict[str, object]:
+    """A row as the JSON has it. `written` counts the weights that the change touched."""
+    seconds = median(found.seconds)
+    anon = None if found.peak is None else round(found.peak / 2**20, 1)
+    ratio = seconds / floor if floor else math.inf
+    return {
+        "name": name,
+        "dtype": dtype,
+        "seconds": seconds,
+        "ratio": ratio,
+        "anon_mib": anon,
+        "written": found.written,
+    }

@@ -1,0 +1,188 @@
+"""The page on 127.0.0.1: one model, one user, one image at a time."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from collections.abc import Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from modules import errors
+
+from extensions_builtin_shim.limits import BadRequest, checked_prompt, checked_seed, checked_steps
+from extensions_builtin_shim.webui import Webui
+from lib_locon.library import Library
+
+ADDRESS = "127.0.0.1"
+MAX_BODY = 64 * 1024  # bytes
+FILES = {
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+
+
+class Refused(Exception):
+    """A request that gets no answer but this sentence."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Server(ThreadingHTTPServer):
+    """Listens on this machine only. Raises OSError where the port is taken."""
+
+    allow_reuse_address = sys.platform != "win32"  # there it would let two servers have the same port
+
+    def __init__(self, webui: Webui, lora_dir: Path, port: int) -> None:
+        self.webui = webui
+        self.library = Library([lora_dir])
+        super().__init__((ADDRESS, port), Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that goes away before its answer is there is nothing to tell about."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            errors.report(f"Error in a request from {client_address}", exc_info=True)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET a file or /api/adapters, POST /api/generate. Every refusal is a JSON sentence."""
+
+    server: Server
+    server_version = "tiny-webui"
+    sys_version = ""
+    timeout = 60
+
+    def do_GET(self) -> None:  # the name http.server calls
+        """The page, its parts, and the adapters there are."""
+        self._answer("GET")
+
+    def do_POST(self) -> None:
+        """Generate."""
+        self._answer("POST")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not logged: the terminal is for what goes wrong with images."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server itself refuses, such as unknown methods, in the same form as our refusals."""
+        del explain
+        self.close_connection = True
+        self._send_json(code, {"error": message or HTTPStatus(code).description or HTTPStatus(code).phrase})
+
+    def _answer(self, method: str) -> None:
+        try:
+            self._check_sender()
+            self._route(method, urlsplit(self.path).path)
+        except Refused as refused:
+            self._refuse(refused.status, refused)
+        except BadRequest as bad:
+            self._refuse(HTTPStatus.BAD_REQUEST, bad)
+        except (ConnectionError, TimeoutError):
+            raise  # nobody is there to be told
+        except Exception as error:  # noqa: BLE001  # the user must hear of it, whatever it is, and the page stay up
+            errors.report("Error while answering a request", exc_info=True)
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, error)
+
+    def _route(self, method: str, path: str) -> None:
+        routes = {**dict.fromkeys(FILES, "GET"), "/api/adapters": "GET", "/api/generate": "POST"}
+        if path not in routes:
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is nothing at {path}")
+        if routes[path] != method:
+            raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{path} is for {routes[path]} requests")
+        if path == "/api/adapters":
+            self._send_json(HTTPStatus.OK, self._adapters())
+        elif path == "/api/generate":
+            self._send_json(HTTPStatus.OK, self._generate(self._body()))
+        else:
+            name, kind = FILES[path]
+            self._send(HTTPStatus.OK, Path(__file__).with_name(name).read_bytes(), kind)
+
+    def _check_sender(self) -> None:
+        """Another site's name may be made to point to 127.0.0.1, and its page then speaks to us as its own server."""
+        port = self.server.server_address[1]
+        ours = {f"{name}:{port}" for name in (ADDRESS, "localhost")}
+        if self.headers.get("Host", "").lower() not in ours:
+            raise Refused(HTTPStatus.FORBIDDEN, f"this page answers only as {ADDRESS}:{port} or localhost:{port}")
+        origin = self.headers.get("Origin")
+        if origin is not None and origin.lower().removeprefix("http://") not in ours:
+            raise Refused(HTTPStatus.FORBIDDEN, "requests from other sites are not answered")
+
+    def _body(self) -> Mapping[str, object]:
+        if self.headers.get_content_type() != "application/json":
+            raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request must be application/json")
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request must say how long it is (Content-Length)")
+        if int(length[:12]) > MAX_BODY:
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request may have {MAX_BODY} bytes")
+        try:
+            body = json.loads(self.rfile.read(int(length)))
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the request is no JSON: {error}") from error
+        if not isinstance(body, dict):
+            raise BadRequest("the request must be a JSON object")
+        return body
+
+    def _generate(self, body: Mapping[str, object]) -> dict[str, object]:
+        unknown = sorted(body.keys() - {"prompt", "negative_prompt", "seed", "steps"})
+        if unknown:
+            raise BadRequest(f"unknown: {', '.join(unknown)}; known are prompt, negative_prompt, seed and steps")
+        if "prompt" not in body:
+            raise BadRequest("the request has no prompt")
+        run = self.server.webui.generate(
+            checked_prompt(body["prompt"]),
+            checked_prompt(body.get("negative_prompt", "")),
+            seed=checked_seed(body.get("seed", 1)),
+            steps=checked_steps(body.get("steps", 8)),
+        )
+        return run.as_json("data:image/png;base64," + base64.b64encode(run.png).decode())
+
+    def _adapters(self) -> dict[str, object]:
+        library = self.server.library
+        library.refresh()
+        return {"adapters": [{"name": entry.name, "alias": entry.alias} for entry in library.entries]}
+
+    def _refuse(self, status: HTTPStatus, error: Exception) -> None:
+        self.close_connection = True  # a body that was not read would be taken for the next request
+        self._send_json(status, {"error": str(error) or type(error).__name__})
+
+    def _send_json(self, status: int, data: Mapping[str, object]) -> None:
+        self._send(status, json.dumps(data).encode(), "application/json")
+
+    def _send(self, status: int, content: bytes, kind: str) -> None:
+        self.send_response(status)
+        for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+
+def serve(webui: Webui, lora_dir: Path, port: int) -> int:
+    """Serves until Ctrl-C; returns the exit code."""
+    try:
+        server = Server(webui, lora_dir, port)
+    except OSError as error:
+        sys.stderr.write(f"port {port} of {ADDRESS} cannot be had ({error.strerror or error}); try another --port\n")
+        return 1
+    try:
+        sys.stdout.write(f"http://{ADDRESS}:{server.server_address[1]}/  (Ctrl-C ends)\n")
+        sys.stdout.flush()
+        server.serve_forever()
+    except KeyboardInterrupt:
+        sys.stdout.write("\n")
+    finally:
+        server.server_close()
+    return 0

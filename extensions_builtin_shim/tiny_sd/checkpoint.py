@@ -1,0 +1,54 @@
+"""The model as a file, under the names that SD1 checkpoints use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from .config import Config
+from .model import TinySD
+
+CONFIG_KEY = "tiny_sd_config"
+
+
+def checkpoint_name(name: str) -> str:
+    """A parameter's name in the file. The host's wrappers exist in memory only."""
+    return ".".join(part for part in name.split(".") if part != "wrapped")
+
+
+def save(model: TinySD, path: str | Path) -> None:
+    """Write all weights and fixed maps, each in its dtype, with the sizes in the header."""
+    tensors = {checkpoint_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, path, metadata={CONFIG_KEY: json.dumps(asdict(model.config))})
+
+
+def load(path: str | Path) -> TinySD:
+    """The model in a file that `save` wrote, on the CPU in the file's dtypes.
+
+    A file without the sizes (another tool may have rewritten it) is taken for a tiny one; missing, extra or
+    misshapen tensors raise RuntimeError.
+    """
+    with safe_open(path, framework="pt", device="cpu") as file:
+        config = read_config(file.metadata() or {})
+        # Cloned, because the file may be mapped: writing over it must not reach into a living model.
+        names = file.keys()
+        stored = {name: file.get_tensor(name).clone() for name in names}
+    model = TinySD.skeleton(config)
+    live = {checkpoint_name(name): name for name in model.state_dict()}
+    model.load_state_dict({live.get(name, name): tensor for name, tensor in stored.items()}, assign=True)
+    return model
+
+
+def read_config(metadata: dict[str, str]) -> Config:
+    """The sizes from a file's header, or the tiny ones."""
+    if CONFIG_KEY not in metadata:
+        return Config.tiny()
+    stored: dict[str, Any] = json.loads(metadata[CONFIG_KEY])
+    # JSON knows no tuples
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    return Config(**fields)

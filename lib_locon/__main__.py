@@ -1,0 +1,168 @@
+"""The command line: `python -m lib_locon inspect …` and `python -m lib_locon bake …`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib_locon.bake import bake
+from lib_locon.errors import LoconError
+from lib_locon.files.reader import SafetensorsFile
+from lib_locon.inspection import Inspection, inspect
+from lib_locon.library import Library
+from lib_locon.progress import ProgressBar
+from lib_locon.prompt.grammar import Parsed, parse_prompt
+from lib_locon.prompt.request import Problem
+from lib_locon.report import summary
+from lib_locon.resolve import AdapterCache, resolve
+from lib_locon.session import Use
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 2 with a sentence on stderr on bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except LoconError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away (`| head`): nothing is wrong
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lib_locon", description="Adapters without any webui.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("inspect", help="say what adapter files are, from their headers")
+    command.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    command.add_argument("--base", type=Path, metavar="CHECKPOINT", help="also say what each would change in this one")
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    command.set_defaults(run=_inspect)
+
+    command = commands.add_parser("bake", help="write a checkpoint with adapters baked in")
+    command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    command.add_argument("--prompt", required=True, help='tags as in the webui: "<lora:a:0.8><lora:b:te=0.5:unet=1>"')
+    command.add_argument("--lora-dir", required=True, type=Path, action="append", metavar="DIR", help="adapter folder")
+    command.add_argument("-o", "--output", required=True, type=Path, metavar="OUT.safetensors")
+    command.add_argument("--skip-bad", action="store_true", help="go on without tags that cannot be used")
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    command.set_defaults(run=_bake)
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    checkpoint = SafetensorsFile(options.base) if options.base else None
+    found: list[Inspection] = []
+    errors: list[dict[str, str]] = []
+    for path in options.files:
+        try:
+            found.append(inspect(path, checkpoint))
+        except LoconError as error:
+            errors.append({"path": str(path), "error": str(error)})
+    if options.json:
+        print(json.dumps({"adapters": [item.as_json() for item in found], "errors": errors}, ensure_ascii=False))
+    elif found:
+        print("\n\n".join(map(_inspection_text, found)))
+    for failed in errors:
+        _fail(failed["error"])
+    return BAD_INPUT if errors else 0
+
+
+def _inspection_text(found: Inspection) -> str:
+    rows = {
+        "file": f"{found.path} ({found.size / 1e6:.1f} MB)",
+        "family": _counts(found.families),
+        "rank": _counts(found.ranks),
+        "alpha": _counts(found.alphas),
+        "base model": found.base,
+        "names": _counts(found.dialects),
+        "parts": _counts(found.components),
+        "modules": str(found.modules),
+    }
+    if found.unread:
+        rows["not read"] = summary(found.unread)
+    if found.notes:
+        rows["note"] = "; ".join(found.notes)
+    if found.match:
+        patched = f"{found.match.weights} weights, {found.match.bytes / 1e6:.1f} MB"
+        rows["would change"] = f"{found.match.used}/{found.match.total} modules: {patched} of {found.match.checkpoint}"
+        if found.match.unmatched:
+            rows["not used"] = summary(found.match.unmatched)
+    lines = [f"  {label:<13} {value}" for label, value in rows.items()]
+    lines += [f"    {item.key}: {item.reason}" for item in (found.match.unmatched if found.match else found.unread)]
+    return "\n".join([found.name, *lines])
+
+
+def _counts(counts: dict[str, int]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{value} ({count})" for value, count in counts.items())
+
+
+def _bake(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    checkpoint = SafetensorsFile(options.checkpoint)
+    _check_output(options)
+    parsed = parse_prompt(options.prompt)
+    uses, problems = _uses(options.lora_dir, parsed)
+    for problem in (*parsed.warnings, *problems):
+        print(problem, file=sys.stderr)
+    if problems and not options.skip_bad:
+        return _fail("nothing was written: a tag above cannot be used (--skip-bad goes on without it)")
+    with ProgressBar(sys.stderr, f"baking {options.output.name}") as bar:
+        baked = bake(checkpoint, uses, options.output, options.prompt, bar.update, skip_bad=options.skip_bad)
+    if options.json:
+        result = {
+            "output": str(baked.output),
+            "changed": baked.changed,
+            "total": baked.total,
+            "adapters": [report.as_json() for report in baked.adapters],
+            "problems": [str(problem) for problem in (*parsed.warnings, *problems)],
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        print(*baked.adapters, f"{baked.output}: {baked.changed} of {baked.total} tensors changed", sep="\n")
+    return 0
+
+
+def _uses(folders: Sequence[Path], parsed: Parsed) -> tuple[list[Use], list[Problem]]:
+    for folder in folders:
+        if not folder.is_dir():
+            raise LoconError(f"--lora-dir {folder} is no folder")
+    uses, missing = resolve(parsed.requests, Library(folders), AdapterCache())
+    if not uses and not parsed.bad and not missing:
+        raise LoconError('--prompt has no <lora:…> tag in it, so there is nothing to bake: try "<lora:name:1>"')
+    return uses, [*parsed.bad, *missing]
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    out: Path = options.output
+    if out.suffix != ".safetensors":
+        raise LoconError(f"-o {out}: the name must end in .safetensors")
+    if not out.absolute().parent.is_dir():
+        raise LoconError(f"-o {out}: there is no folder {out.absolute().parent}")
+    if out.exists() and out.samefile(options.checkpoint):
+        raise LoconError(f"-o {out} is the checkpoint itself: choose another name")
+    if out.exists() and not options.force:
+        raise LoconError(f"-o {out} exists already: choose another name, or say --force to replace it")
+
+
+def _fail(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

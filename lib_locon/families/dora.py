@@ -1,0 +1,123 @@
+"""DoRA: a magnitude for each output row (or input column) around any additive family. It wraps one; it is none itself.
+
+M = W + D, D the full-strength change of the family inside, its alpha/rank included. W′ = M ⊙ g / ‖M‖, the norm taken
+over all other axes. So ΔW = W′ − W needs the pristine W, and strength stays linear in ΔW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lib_locon.errors import ShapeError
+from lib_locon.families.base import Adder
+from lib_locon.families.layer import Layer
+from lib_locon.families.shapes import matrix
+
+STRIP = 128  # rows at a time
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DoRALayer(Layer):
+    """`magnitude` has one number for each row (`on_output`) or column of the weight."""
+
+    EPSILON: ClassVar[float] = torch.finfo(torch.float32).eps
+    magnitude: Tensor
+    on_output: bool
+
+    @property
+    def label(self) -> str:
+        return f"DoRA {self.family.label}"
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        side, size = ("outputs", shape[0]) if self.on_output else ("inputs", shape[1])
+        if self.magnitude.numel() != size:
+            raise ShapeError(f"its DoRA magnitude has {self.magnitude.numel()} numbers, the weight {size} {side}")
+
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), self.magnitude]
+
+    def delta(self, base: Tensor) -> Tensor:
+        merged = base + super().delta(base)
+        factors = self._factors(torch.linalg.vector_norm(merged, dim=self._others(base), keepdim=True))
+        return merged * factors - base
+
+    def adder(self, base: Tensor) -> Adder:
+        if not self.on_output:
+            return self._by_columns(base)
+        merge = self._merger(base)
+
+        def add(total: Tensor, rows: Tensor, start: int, strength: float) -> None:
+            pristine = rows.to(total.dtype)
+            merged = merge(pristine, start)
+            norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
+            total.add_(merged.mul_(self._factors(norm, start, len(rows))).sub_(pristine), alpha=strength)
+
+        return add
+
+    def _by_columns(self, base: Tensor) -> Adder:
+        """A column's norm runs over all rows, so the weight is walked once for the norms, then once for the sum."""
+        merge = self._merger(base)
+        rows = matrix(base)
+        kernel = rows.shape[1] // base.shape[1]
+        squares = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
+        for start in range(0, len(rows), STRIP):
+            merged = merge(rows[start : start + STRIP].to(_working(base)), start)
+            squares += merged.square_().view(len(merged), -1, kernel).sum((0, 2), dtype=torch.float64)
+        factors = self._factors(squares.sqrt().to(_working(base))).repeat_interleave(kernel)
+
+        def add(total: Tensor, part: Tensor, start: int, strength: float) -> None:
+            pristine = part.to(total.dtype)
+            total.add_(merge(pristine, start).mul_(factors).sub_(pristine), alpha=strength)
+
+        return add
+
+    def _merger(self, base: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """(pristine rows as a matrix, their first row's number) → the rows of M, a new tensor."""
+        factors = super().low_rank(base.device)
+        if factors is not None:
+            up, down = (factor.to(_working(base)) for factor in factors)
+            return lambda rows, start: torch.addmm(rows, up[start : start + len(rows)], down)
+        inner = super().adder(base)
+
+        def merge(rows: Tensor, start: int) -> Tensor:
+            merged = rows.clone()
+            inner(merged, rows, start, 1.0)
+            return merged
+
+        return merge
+
+    def _others(self, base: Tensor) -> list[int]:
+        return [axis for axis in range(base.ndim) if axis != (0 if self.on_output else 1)]
+
+    def _factors(self, norm: Tensor, start: int = 0, length: int | None = None) -> Tensor:
+        """g / ‖M‖ in the shape of `norm`; for some rows only, from row `start` on."""
+        magnitude = self.magnitude.flatten()[start : None if length is None else start + length]
+        return magnitude.to(norm.device, norm.dtype).reshape(norm.shape) / (norm + self.EPSILON)
+
+    def low_rank(self, device: torch.device) -> None:  # W itself is in it
+        return None
+
+
+def _working(base: Tensor) -> torch.dtype:
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
+
+
+def magnitude_side(magnitude: Tensor) -> bool | None:
+    """True where the shape says output rows, (out, 1, …); False for input columns, (1, in, 1, …); None: either."""
+    size = magnitude.numel()
+    if magnitude.ndim < 2 or size == 1:
+        return None
+    if magnitude.shape[0] == size:
+        return True
+    return False if magnitude.shape[1] == size and prod(magnitude.shape[:1]) == 1 else None

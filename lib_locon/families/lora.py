@@ -1,0 +1,102 @@
+"""LoRA and LoCon: ΔW = up · down.
+
+For a convolution `down` has the kernel and `up` is 1×1; as matrices they multiply like those of a linear layer, which
+is why there is one formula for Linear and for convolutions of any dimension (docs/formulas.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from math import prod
+
+from torch import Tensor
+
+from lib_locon.families.base import Family, factor
+from lib_locon.families.shapes import matrix
+from lib_locon.families.tucker import fold_core
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA(Family):
+    """Plain low-rank product, for linear layers and (as LoCon) for convolutions."""
+
+    name = "LoRA"
+    up: Tensor = factor("lora_up.weight", "out r")
+    down: Tensor = factor("lora_down.weight", "r n")
+
+    @property
+    def label(self) -> str:
+        return "LoCon" if prod(self.down.shape[2:]) > 1 else "LoRA"
+
+    def truncated(self, rank: int) -> LoRA:
+        return dataclasses.replace(self, up=matrix(self.up)[:, :rank], down=self.down[:rank])
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return matrix(self.up), matrix(self.down)
+
+    def delta(self, base: Tensor) -> Tensor:
+        return (matrix(self.up) @ matrix(self.down)).reshape(base.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingLoRA(Family):
+    """PEFT on an embedding (num, dim), which it holds the other way round: ΔW = (B · A)ᵀ."""
+
+    name = "LoRA"
+    a: Tensor = factor("lora_embedding_A", "r out")
+    b: Tensor = factor("lora_embedding_B", "n r")
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.a.T, self.b.T
+
+    def delta(self, base: Tensor) -> Tensor:
+        return self.a.T @ self.b.T
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLoRA(LoRA):
+    """A LoRA with the largest entries of what it missed (LyCORIS' extraction): ΔW = up · down + E.
+
+    E is a matrix of the weight's size: `values` at `indices` (2, nnz), zero elsewhere. A "bias" in name only.
+    """
+
+    name = "LoRA + residual"
+    indices: Tensor = factor("bias_indices", "two nnz")
+    values: Tensor = factor("bias_values", "nnz")
+    size: Tensor = factor("bias_size", "two")
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def low_rank(self) -> None:  # type: ignore[override]  # the sum is of full rank
+        return None
+
+    def delta(self, base: Tensor) -> Tensor:
+        total = matrix(self.up) @ matrix(self.down)
+        # indices are int16 in the file, which wraps above 32767: read as unsigned
+        rows, columns = self.indices.long() % 2**16
+        return total.index_put((rows, columns), self.values, accumulate=True).reshape(base.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class TuckerLoRA(Family):
+    """LoCon in Tucker (CP) form: 1×1 down, a k×k core, 1×1 up; ΔW[o,i,…] = Σ_pq up[o,p] · mid[p,q,…] · down[q,i]."""
+
+    name = "LoCon Tucker"
+    up: Tensor = factor("lora_up.weight", "out r")
+    down: Tensor = factor("lora_down.weight", "r in")
+    mid: Tensor = factor("lora_mid.weight", "r r *k")
+
+    def shape(self) -> tuple[int | None, int | None]:
+        sizes = self.sizes()
+        return sizes["out"], sizes["in"] * sizes["*k"]
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        # core · down is what a plain LoCon's k×k `down` would have been: ΔW is still a product of rank r
+        return matrix(self.up), fold_core(self.mid, self.down)
+
+    def delta(self, base: Tensor) -> Tensor:
+        up, down = self.low_rank()
+        return (up @ down).reshape(base.shape)

@@ -1,0 +1,42 @@
+"""Some rows of a layer: what a fused adapter (q, k and v in one) does to one of a model's split projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lib_locon.families.base import Adder
+from lib_locon.families.layer import Layer
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowsLayer(Layer):
+    """Rows `start` to `start + length` of ΔW, whose whole shape is `whole`. For families that do not need the base."""
+
+    whole: tuple[int, ...]
+    start: int
+    length: int
+
+    @classmethod
+    def of(cls, layer: Layer, whole: tuple[int, ...], start: int, length: int) -> RowsLayer:
+        """The rows of a plain layer."""
+        plain = {field.name: getattr(layer, field.name) for field in fields(Layer)}
+        return cls(**plain, whole=whole, start=start, length=length)
+
+    def truncated(self, rank: int) -> RowsLayer:
+        return replace(self, family=self.family.truncated(rank))
+
+    def delta(self, base: Tensor) -> Tensor:
+        whole = super().delta(base.new_zeros(()).expand(self.whole))
+        return whole[self.start : self.start + self.length].reshape(base.shape)
+
+    def adder(self, base: Tensor) -> Adder:
+        inner = super().adder(base.new_zeros(()).expand(self.whole))
+        # `base` is one of the model's projections; its rows of the adapter's weight begin further down
+        return lambda total, rows, start, strength: inner(total, rows, start + self.start, strength)
+
+    def low_rank(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        factors = super().low_rank(device)
+        return None if factors is None else (factors[0][self.start : self.start + self.length], factors[1])

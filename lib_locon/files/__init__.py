@@ -1,0 +1,1 @@
+"""Files: bytes → Adapter. Headers first; tensors only when they are needed."""

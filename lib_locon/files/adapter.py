@@ -1,0 +1,183 @@
+"""An adapter: everything that one file holds, parsed, none of it dropped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lib_locon.errors import FileError
+from lib_locon.families import ALPHA, RESHAPE, SCALE
+from lib_locon.families.build import Hints, Unread, build_layers
+from lib_locon.families.layer import Layer
+from lib_locon.files.dialects import ModuleName, module_name, split_key
+from lib_locon.files.embeddings import PREFIX, Embedding, read_embeddings
+from lib_locon.files.hints import dora_side, rank_of
+from lib_locon.files.peft_config import PeftConfig, read_config
+from lib_locon.files.pickled import TensorFile, open_adapter
+from lib_locon.files.reader import FileIdentity, shown
+
+MAX_AXES = 5  # of a weight: out, in, and a kernel of three
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A key (or a module) of the file that changes nothing, and why."""
+
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        """In one line: a key may hold anything, also what clears a terminal or turns the direction of writing."""
+        key = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.key)
+        return f"{key}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Module:
+    """One module of an adapter: its layers (one for the weight, one for the bias at most) and what was not read."""
+
+    name: ModuleName
+    layers: tuple[Layer, ...]
+    unread: tuple[Unmatched, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """`unknown` are the keys that belong to no module. Read with `header_only`, its factors are on the meta device.
+
+    `notes` are sentences about choices that the file left open.
+    """
+
+    name: str
+    identity: FileIdentity
+    metadata: Mapping[str, str]
+    modules: tuple[Module, ...]
+    unknown: tuple[Unmatched, ...]
+    embeddings: tuple[Embedding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What reading one module needs: the file, its open data (None: header only), and what concerns all modules."""
+
+    file: TensorFile
+    data: Any
+    header_only: bool
+    config: PeftConfig
+    hints: Hints
+
+    def tensor(self, key: str) -> Tensor:
+        tensor: Tensor = self.file.meta(key) if self.header_only else self.data.get_tensor(key)
+        return tensor
+
+    def number(self, key: str) -> float | None:
+        """The tensor's one number, also with the header only; None where it is not one number."""
+        return float(self.data.get_tensor(key)) if self.file.entries[key].shape in ((), (1,)) else None
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A shape that is stored as a tensor; empty where it is none."""
+        entry = self.file.entries[key]
+        if len(entry.shape) != 1 or not 0 < entry.shape[0] <= MAX_AXES:
+            return ()
+        sizes = tuple(int(size) for size in self.data.get_tensor(key))
+        return sizes if all(size > 0 for size in sizes) else ()
+
+
+def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: bool = False) -> Adapter:
+    """Reads and parses an adapter; factors stay in the file's dtype. Raises FileError.
+
+    With `header_only` no tensor's data is read but alphas: enough to inspect a file of any size at once. Pickled files
+    (.pt, .ckpt) are refused without `allow_pickle`; docs/architecture.md says what it allows.
+    """
+    file = open_adapter(path, allow_pickle)
+    grouped, unknown = _group(file)
+    config = read_config(file.path, file.metadata)
+    hints = dora_side(file.metadata, [file.meta(key) for key in file.entries if key.endswith(".dora_scale")])
+    with file.tensors() as data:
+        source = _Source(file, data, header_only, config, hints)
+        modules = tuple(_module(written, keys, source) for written, keys in grouped.items())
+        bundled = (key for key in file.entries if key.startswith(PREFIX))
+        embeddings, unread = read_embeddings(bundled, source.tensor)
+    unknown += [Unmatched(key, reason) for key, reason in unread]
+    if not embeddings and not any(module.layers for module in modules):
+        raise FileError(_nothing_found(file, modules))
+    notes = dict.fromkeys(layer.note for module in modules for layer in module.layers)
+    sentences = tuple(note for note in (config.problem, *notes) if note)
+    return Adapter(file.path.stem, file.identity, file.metadata, modules, tuple(unknown), embeddings, sentences)
+
+
+def _group(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched]]:
+    """Module as written → suffix → key, and the keys that are no module's."""
+    grouped: dict[str, dict[str, str]] = {}
+    unknown: list[Unmatched] = []
+    for key in file.entries:
+        if key.startswith(PREFIX):
+            continue
+        split = split_key(key)
+        if split is None:
+            unknown.append(Unmatched(key, "no module's name with a known suffix"))
+        elif split[1] in grouped.get(split[0], {}):
+            unknown.append(Unmatched(key, f"a second {shown(split[1])} of the same module"))
+        else:
+            grouped.setdefault(split[0], {})[split[1]] = key
+    # `weight` is IA3's, beside `on_input`; by itself it is any network's weight and no adapter's
+    stray = [module for module, keys in grouped.items() if list(keys) == ["weight"]]
+    unknown += [Unmatched(grouped.pop(module)["weight"], "a plain weight, not an adapter's") for module in stray]
+    return grouped, unknown
+
+
+def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
+    name = module_name(written)
+    if name.dialect.rejected:
+        return Module(name, (), (Unmatched(written, name.dialect.rejected),))
+    keys, clashes = _renamed(keys, name.dialect.renames)
+    tensors = {suffix: source.tensor(key) for suffix, key in keys.items() if suffix not in (ALPHA, SCALE, RESHAPE)}
+    unread: list[Unread] = []
+    numbers: dict[str, float] = {}
+    for suffix in (ALPHA, SCALE):
+        if suffix in keys:
+            number = source.number(keys[suffix])
+            if number is None:
+                unread.append(Unread(suffix, "it must be one number"))
+            else:
+                numbers[suffix] = number
+    if not tensors and SCALE in numbers:
+        unread.append(Unread(SCALE, "a scale without factors"))
+    if SCALE in numbers:  # the built-in's rule: a written scale wins over alpha / rank
+        hints = replace(source.hints, scale=numbers[SCALE])
+    else:
+        scale = None if ALPHA in numbers else source.config.scale(written, rank_of(tensors))
+        hints = replace(source.hints, alpha=numbers.get(ALPHA), scale=scale)
+    if RESHAPE in keys:
+        hints = replace(hints, reshape=source.shape(keys[RESHAPE]))
+        if not hints.reshape:
+            unread.append(Unread(RESHAPE, "it must be the sizes of a weight"))
+    markers = source.config.markers(written) if tensors else {}
+    layers, left = build_layers({**tensors, **markers}, hints)
+    mine = (Unmatched(keys[item.suffix], item.reason) for item in (*unread, *left) if item.suffix in keys)
+    return Module(name, tuple(layers), (*clashes, *mine))
+
+
+def _renamed(keys: Mapping[str, str], renames: Mapping[str, str]) -> tuple[dict[str, str], list[Unmatched]]:
+    """`keys` by the suffixes that the dialect means, and those whose place was taken already."""
+    renamed: dict[str, str] = {}
+    clashes: list[Unmatched] = []
+    for suffix, key in keys.items():
+        if renamed.setdefault(renames.get(suffix, suffix), key) is not key:
+            clashes.append(Unmatched(key, f"a second {renames.get(suffix, suffix)} of the same module"))
+    return renamed, clashes
+
+
+def _nothing_found(file: TensorFile, modules: tuple[Module, ...]) -> str:
+    if not file.entries:
+        return f"{file.path} holds no tensors at all"
+    if any(key.startswith(("model.diffusion_model.input_blocks.0.0.", "first_stage_model.")) for key in file.entries):
+        return f"{file.path} is a whole checkpoint, not an adapter: it belongs in the Stable-diffusion folder"
+    reasons = list(dict.fromkeys(unread.reason[:300] for module in modules[:50] for unread in module.unread))
+    why = f": {'; '.join(reasons[:5])}" if reasons else ""
+    return f"{file.path} holds no adapter that is known here (its first name is {shown(next(iter(file.entries)))}){why}"

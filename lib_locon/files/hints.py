@@ -1,0 +1,34 @@
+"""What one module cannot tell by itself, worked out from the whole file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from lib_locon.families.build import Hints
+from lib_locon.families.dora import magnitude_side
+
+
+def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hints:
+    """The side of DoRA for layers whose shape leaves it open: by the metadata, else by the file's other layers."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+        stated = arguments.get("wd_on_output", arguments.get("wd_on_out")) if isinstance(arguments, dict) else None
+    except (ValueError, RecursionError):
+        stated = None
+    if stated is not None:
+        return Hints(dora_on_output=str(stated).lower() == "true", dora_why="the file's metadata")
+    sides = {side for side in map(magnitude_side, magnitudes) if side is not None}
+    if len(sides) == 1:
+        return Hints(dora_on_output=sides.pop(), dora_why="the file's other layers")
+    return Hints()
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
+    """The rank by the `down` side, for a configuration that has an alpha and no rank."""
+    for suffix in ("lora_down.weight", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if suffix in tensors and tensors[suffix].ndim:
+            return int(tensors[suffix].shape[0])
+    return None

@@ -1,0 +1,226 @@
+"""Reading safetensors: the header by ourselves (for exact errors and offsets), the tensors by the safetensors library.
+
+The format: 8 bytes little-endian length n, n bytes of JSON (name → dtype, shape, data_offsets; `__metadata__` → texts),
+then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from reprlib import Repr
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lib_locon.errors import FileError
+
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, attribute)
+    for name, attribute in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+        "BOOL": "bool",
+    }.items()
+    if hasattr(torch, attribute)
+}  # fmt: skip
+MAX_HEADER = 32_000_000
+"""Bytes. Ten times any real one; Python needs some 20 bytes for each of these, so it also bounds the memory."""
+MAX_AXES = 64
+"""torch's own limit for most of what it does."""
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+
+_KNOWN_STARTS = (
+    (b"version https://git-lfs", "is a git-lfs pointer, not the file itself: run `git lfs pull`, or download it again"),
+    (b"PK\x03\x04", "is a zip or a pickled .pt file, not safetensors"),
+    *((bytes([0x80, protocol]), "is a pickled .pt file, not safetensors") for protocol in range(2, 6)),
+)
+
+
+class FileIdentity(NamedTuple):
+    """Changes when the file does: caches are keyed by it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileIdentity:
+        """Raises FileError where there is no such file."""
+        try:
+            found = path.stat()
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise FileError(f"{path} cannot be read: it is no file but a pipe or a device")  # a pipe would never end
+        return cls(str(path.resolve()), found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as the header describes it; `start` and `end` count from the first byte of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype in torch's terms."""
+        return DTYPES[self.dtype]
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been read and found sound. Raises FileError with a sentence otherwise."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.identity = FileIdentity.of(self.path)
+        header, self.data_start = _read_header(self.path, self.identity.size)
+        self.metadata = _metadata(self.path, header)
+        self.entries = {
+            key: _entry(self.path, key, value, self.data_start, self.identity.size) for key, value in header.items()
+        }
+        _check_layout(self.path, self.entries, self.data_start, self.identity.size)
+
+    def meta(self, key: str) -> Tensor:
+        """The tensor without its data, on the meta device."""
+        entry = self.entries[key]
+        return torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
+
+    @contextmanager
+    def tensors(self) -> Iterator[Any]:
+        """An open view of the data with `.get_tensor(key)`; tensors stay valid after it is closed."""
+        if FileIdentity.of(self.path) != self.identity:
+            raise FileError(f"{self.path} has changed since its header was read; try again")
+        try:
+            with safe_open(self.path, framework="pt") as view:
+                yield view
+        except (SafetensorError, OSError) as error:
+            raise FileError(f"{self.path} is not a sound safetensors file: {error}") from error
+
+
+def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+            _recognise(path, start)
+            length = int.from_bytes(start[:8], "little")
+            if size < 8 or length > size - 8:
+                raise FileError(f"{path} is not a whole safetensors file ({size} bytes): a download cut short?")
+            if length > MAX_HEADER:
+                raise FileError(f"{path} has a header of {length} bytes; more than {MAX_HEADER} are not read")
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not a safetensors file: its header is no JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise FileError(f"{path} is not a safetensors file: its header is no JSON object")
+    return header, 8 + length
+
+
+def _recognise(path: Path, start: bytes) -> None:
+    """The kinds of wrong file that people really have, named."""
+    if not start:
+        raise FileError(f"{path} is empty: download it again")
+    if start[8:9] == b"{":
+        return  # the length of a header may begin with any bytes, a pickle's too
+    for magic, what in _KNOWN_STARTS:
+        if start.startswith(magic):
+            raise FileError(f"{path} {what}")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise FileError(f"{path} is a web page saved under a model's name: download it again, signed in where needed")
+
+
+def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise FileError(f"{path} has {shown(twice)} twice in its header; which one is meant cannot be known")
+    return found
+
+
+def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise FileError(f"{path} has a __metadata__ that is no table of texts")
+    try:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    except RecursionError as error:
+        raise FileError(f"{path} has a __metadata__ that is no table of texts") from error
+    for key, value in texts.items():
+        check_text(path, key)
+        check_text(path, value)
+    return texts
+
+
+def check_text(path: Path, text: str) -> None:
+    """Raises FileError for half a character: such a text can be neither printed nor looked up."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path} is damaged: {shown(text)} in it is no Unicode text") from error
+
+
+def _entry(path: Path, key: str, value: Any, data_start: int, size: int) -> Entry:
+    check_text(path, key)
+    problem = ""
+    try:
+        dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        problem = "is not dtype, shape and data_offsets"
+    else:
+        if not _is_shape(shape) or not all(type(n) is int and n >= 0 for n in (start, end)):
+            problem = "has a negative or broken shape or offset"
+        elif not isinstance(dtype, str) or dtype not in DTYPES:
+            problem = f"has the dtype {shown(dtype)}, which this version does not read"
+        elif data_start + end > size:
+            at = shown(data_start + end)
+            raise FileError(f"{path} is cut short: {shown(key)} ends at byte {at} of {size}; download it again")
+        elif end - start != prod(shape) * DTYPES[dtype].itemsize:
+            problem = f"has {shown(end - start)} bytes of data for the shape {list(shape)} of {dtype}"
+    if problem:
+        raise FileError(f"{path}: the header's entry {shown(key)} {problem}")
+    return Entry(dtype, shape, data_start + start, data_start + end)
+
+
+def _is_shape(shape: tuple[Any, ...]) -> bool:
+    """Whether torch can count the elements (of an empty tensor too: it multiplies the other axes all the same)."""
+    if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        return False
+    numel: int = prod(max(n, 1) for n in shape)
+    return numel < 2**63
+
+
+def _check_layout(path: Path, entries: Mapping[str, Entry], data_start: int, size: int) -> None:
+    """The format's rule: each byte after the header is of exactly one tensor. Raises FileError."""
+    position = data_start
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != position:
+            what = "overlaps" if entry.start < position else "does not follow"
+            raise FileError(f"{path} is damaged: {shown(key)} {what} the tensor before it; download it again")
+        position = entry.end
+    if position != size:
+        raise FileError(f"{path} has {size - position} bytes after its last tensor: it is damaged; download it again")
+
+
+def shown(value: object) -> str:
+    """Something out of a file, for a sentence: in quotes, with strange characters escaped, never long."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no number of more than 4300 digits
+        return "(a number of thousands of digits)"

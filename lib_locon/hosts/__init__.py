@@ -1,0 +1,18 @@
+"""The seams to the programs that carry us. No maths here, and the only place that imports the host's `modules`."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+log = logging.getLogger("lib_locon")
+
+
+def register() -> None:
+    """Called by scripts/locon.py each time the host loads its scripts. Changes nothing in a host that is not ours."""
+    if importlib.util.find_spec("modules_forge") is not None:
+        log.warning("sd-webui-locon does not support Forge yet and stays out: <lora:…> works as without it.")
+        return
+    from lib_locon.hosts import a1111  # imports the host's modules
+
+    a1111.register()

@@ -1,0 +1,180 @@
+"""An adapter and a model's table of names → patches, and what did not match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lib_locon.errors import ShapeError
+from lib_locon.families.layer import Layer
+from lib_locon.families.rows import RowsLayer
+from lib_locon.files.adapter import Adapter, Module, Unmatched
+from lib_locon.models.base_family import base_family, other_family
+from lib_locon.models.table import TargetTable
+from lib_locon.models.targets import Target, View
+
+Unwritable = Callable[[str], "str | None"]
+"""Says why a weight cannot be changed; None where it can."""
+WRONG_SHAPE = "wrong shape"
+INPAINTING, LATENT = 9, 4
+"""Input channels of an inpainting model, and those of them that every other model has too."""
+
+
+class _Unusable(Exception):
+    """Why a layer that may have the right shape cannot be used."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """A layer of an adapter (or some of its rows) and the weight it changes."""
+
+    module: str
+    component: str
+    view: View
+    layer: Layer
+
+    @property
+    def reshape(self) -> tuple[int, ...]:
+        """The shape to which the whole weight must grow first; empty where it stays."""
+        return self.layer.reshape
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """All of an adapter against one model. `total` counts modules; `matched` counts layers (a bias is one more)."""
+
+    matched: tuple[Matched, ...]
+    unmatched: tuple[Unmatched, ...]
+    total: int
+    notes: tuple[str, ...] = ()
+    made_for: str = ""
+    """The adapter's base family, worked out where nothing of it fits."""
+
+    @property
+    def used(self) -> int:
+        """How many modules change something."""
+        return len({item.module for item in self.matched})
+
+
+def match(
+    adapter: Adapter, table: TargetTable, unwritable: Unwritable | None = None, *, may_grow: bool = False
+) -> Match:
+    """Never raises for a part of a file: what cannot be used is in `unmatched`, key and reason.
+
+    `may_grow` is for whoever can enlarge a weight where the adapter asks for it: a live model cannot, a file can.
+    Factors that are not numbers are left out here: one NaN would make black images of the whole model. (Factors on the
+    meta device are not looked into.)
+    """
+    families = other_family(adapter, table)
+    if families is not None:
+        made_for, held = families
+        why = tuple(Unmatched(module.name.written, f"this model is {held}") for module in adapter.modules)
+        return Match((), why, len(adapter.modules), made_for=made_for)
+    matched: list[Matched] = []
+    unmatched = list(adapter.unknown)
+    for module in adapter.modules:
+        unmatched += module.unread
+        if not module.layers:
+            continue
+        attempts = [
+            _on_target(module, target, _Model(table, unwritable, may_grow))
+            for target in table.candidates(module.name.body, module.name.dialect.components)
+        ]
+        if not attempts:
+            unmatched.append(Unmatched(module.name.written, _why_not_found(module, table)))
+            continue
+        # a bare name can mean either text encoder: the one where more of it fits is meant
+        found, failed = max(attempts, key=lambda attempt: len(attempt[0]))
+        matched += found
+        unmatched += failed
+    made_for = "" if matched else base_family(adapter)
+    return Match(tuple(matched), tuple(unmatched), len(adapter.modules), adapter.notes, made_for)
+
+
+def _why_not_found(module: Module, table: TargetTable) -> str:
+    components = module.name.dialect.components
+    if not table.has(components):
+        return f"the model has no {' or '.join(components)}"
+    return "the model has no module of this name"
+
+
+@dataclass(frozen=True)
+class _Model:
+    table: TargetTable
+    unwritable: Unwritable | None
+    may_grow: bool
+
+
+def _on_target(module: Module, target: Target, model: _Model) -> tuple[list[Matched], list[Unmatched]]:
+    found: list[Matched] = []
+    failed: list[Unmatched] = []
+    for layer in module.layers:
+        views = target.views.get(layer.parameter)
+        if views is None and layer.family.optional:
+            continue
+        try:
+            pieces = list(_pieces(layer, views or (), target, model))
+        except _Unusable as reason:
+            failed.append(Unmatched(module.name.written, str(reason)))
+        except ShapeError as error:
+            failed.append(Unmatched(module.name.written, f"{WRONG_SHAPE}: {error}"))
+        else:
+            found += [Matched(module.name.written, target.component, view, piece) for view, piece in pieces]
+    return found, failed
+
+
+def _pieces(layer: Layer, views: tuple[View, ...], target: Target, model: _Model) -> Iterator[tuple[View, Layer]]:
+    """The views that the layer changes, each with what of the layer is for it. Raises ShapeError and _Unusable."""
+    if not views:
+        raise _Unusable(f"the model's {target.name} has no {layer.parameter}")
+    for view in views:
+        if model.unwritable and (reason := model.unwritable(view.path)):
+            raise _Unusable(reason)
+    table = model.table
+    shapes = [view.shape(table.shapes[view.path]) for view in views]
+    if layer.reshape and layer.reshape != shapes[0]:
+        _check_growth(layer, shapes, model)
+        yield views[0], layer
+    elif len(views) == 1:
+        try:
+            layer.check(shapes[0])
+        except ShapeError:
+            narrow = _without_inpainting(views[0], shapes[0])
+            if narrow is None:
+                raise
+            layer.check(narrow.shape(table.shapes[narrow.path]))
+            yield narrow, layer
+        else:
+            yield views[0], layer
+    else:
+        yield from _stacked(layer, views, shapes)
+    if not layer.finite():  # last: it reads the factors, which only what fits is worth
+        raise _Unusable("not finite: its numbers are NaN or infinite")
+
+
+def _stacked(layer: Layer, views: tuple[View, ...], shapes: list[tuple[int, ...]]) -> Iterator[tuple[View, Layer]]:
+    """A fused adapter's rows, each part for the projection that the model holds by itself."""
+    whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    layer.check(whole)
+    if layer.needs_base:
+        raise _Unusable(f"{layer.label} on a fused projection needs it whole, and the model holds it in parts")
+    start = 0
+    for view, shape in zip(views, shapes, strict=True):
+        yield view, RowsLayer.of(layer, whole, start, shape[0])
+        start += shape[0]
+
+
+def _check_growth(layer: Layer, shapes: list[tuple[int, ...]], model: _Model) -> None:
+    asked = " × ".join(map(str, layer.reshape))
+    if not model.may_grow:
+        raise _Unusable(f"it needs its weight enlarged to {asked}, which `bake` can do and a loaded model cannot")
+    if len(shapes) > 1 or len(layer.reshape) != len(shapes[0]) or any(map(int.__lt__, layer.reshape, shapes[0])):
+        raise ShapeError(f"it asks for a weight of {asked}, which does not hold the {shapes[0]} that are there")
+    layer.check(layer.reshape)
+
+
+def _without_inpainting(view: View, shape: tuple[int, ...]) -> View | None:
+    """Of an inpainting model's first convolution, the part that adapters were trained on."""
+    if len(shape) == 4 and shape[1] == INPAINTING and view.length < 0:
+        return view._replace(axis=1, start=0, length=LATENT)
+    return None

@@ -1,0 +1,164 @@
+"""One table of names, built from the model's own parameters: alias → target.
+
+All names are compared with dots and underscores made equal, since most files use underscores only; this loses nothing:
+the UNets and text encoders of all supported families have no two modules whose names become one (see the tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lib_locon.models.clip_names import open_clip_names, open_clip_parts, text_encoder_names
+from lib_locon.models.targets import Target, View
+from lib_locon.models.transformer_names import transformer_names
+from lib_locon.models.unet_names import SECOND_NAMES, diffusers_names
+
+ROOTS: tuple[tuple[str, str], ...] = (
+    ("model.diffusion_model.", "unet"),
+    ("diffusion_model.", "unet"),
+    ("cond_stage_model.", "te1"),
+    ("conditioner.embedders.0.", "te1"),
+    ("conditioner.embedders.1.", "te2"),
+    ("text_encoders.clip_l.", "te1"),
+    ("text_encoders.clip_g.", "te2"),
+    ("text_encoders.t5xxl.", "te3"),
+    ("unet.", "unet"),
+    ("transformer.", "unet"),
+    ("text_encoder.", "te1"),
+    ("text_encoder_2.", "te2"),
+    ("text_encoder_3.", "te3"),
+)
+"""Where the host (and a checkpoint file) keeps the parts of a model."""
+_REFINER = "conditioner.embedders.0.model."
+"""SDXL's refiner has the second text encoder only, in the first place."""
+WHOLE = "model"
+"""The component of a module that has none of these parts: a bare UNet, or any network at all."""
+_WRAPPERS = frozenset({"wrapped", "_orig_mod"})
+"""Levels that the host's hijack and torch.compile put between a module and its name."""
+Views = Mapping[str, tuple[View, ...]]
+
+
+@dataclass
+class TargetTable:
+    """What a model offers to adapters. Built from shapes alone, so that a checkpoint's header serves as well."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of each parameter by its dotted path."""
+    aliases: dict[str, dict[str, Target]] = field(default_factory=dict)
+    """Component → name with underscores → target."""
+    collisions: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> TargetTable:
+        """From a live model."""
+        return cls.of_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+
+    @classmethod
+    def of_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> TargetTable:
+        """From parameter path → shape."""
+        table = cls(shapes)
+        for component, modules in _components(shapes).items():
+            for body, (name, views) in modules.items():
+                table._add_module(component, body, Target(component, name, views))
+            bodies = {body: views for body, (_, views) in modules.items()}
+            if component in ("unet", WHOLE):
+                table._add_unet(component, bodies)
+        if "te3" in table.aliases and "te2" not in table.aliases:  # Flux: its T5 is the second one for most trainers
+            table.aliases["te2"] = table.aliases["te3"]
+        return table
+
+    def candidates(self, body: str, components: Iterable[str]) -> Iterator[Target]:
+        """The targets that a file may mean by `body`, looked for in these components in this order."""
+        names = list(_spellings(underscored(body)))
+        for component in (*components, WHOLE):
+            aliases = self.aliases.get(component, {})
+            target = next((aliases[name] for name in names if name in aliases), None)
+            if target is not None:
+                yield target
+
+    def find(self, body: str, components: Iterable[str]) -> Target | None:
+        """The first of `candidates`."""
+        return next(self.candidates(body, components), None)
+
+    def has(self, components: Iterable[str]) -> bool:
+        """Whether the model has any of these components."""
+        return any(component in self.aliases for component in (*components, WHOLE))
+
+    def modules(self) -> list[Target]:
+        """Each module of the model once, its row blocks not counted."""
+        whole = {target.name: target for names in self.aliases.values() for target in names.values()}
+        return list(whole.values())
+
+    def _add_module(self, component: str, body: str, target: Target) -> None:
+        names = [body]
+        if component != "unet":
+            hugging_face = open_clip_names(body)
+            names += [other for name in (body, hugging_face) if name for other in text_encoder_names(name)]
+            for part, views in open_clip_parts(body, target.views, self.shapes):
+                self._add(component, text_encoder_names(part), Target(component, f"{target.name} ({part})", views))
+        self._add(component, names, target)
+        for parameter, view in target.views.items():
+            if parameter not in ("weight", "bias"):  # a bare parameter has no module to name it by
+                own = Target(component, f"{target.name}.{parameter}", {"weight": view})
+                self._add(component, [f"{body}.{parameter}" if body else parameter], own)
+
+    def _add_unet(self, component: str, bodies: Mapping[str, Views]) -> None:
+        for body, alias in diffusers_names(bodies).items():
+            self._add(component, [alias, SECOND_NAMES.get(alias, alias)], self.aliases[component][underscored(body)])
+        bare = {f"{b}.{p}": {"weight": v} for b, views in bodies.items() for p, v in views.items() if p == "scale"}
+        for alias, views, whole in transformer_names({**bodies, **bare}, self.shapes):
+            path = next(iter(views.values()))[0].path
+            name = path.rpartition(".")[0]
+            known = self.aliases[component].get(underscored(alias))
+            if known is None:
+                self._add(component, [alias], Target(component, name if whole else f"{name} ({alias})", views))
+
+    def _add(self, component: str, names: Iterable[str], target: Target) -> None:
+        table = self.aliases.setdefault(component, {})
+        for name in names:
+            if table.setdefault(underscored(name), target) is not target:
+                self.collisions.append(f"{component}: {name}")
+
+
+def underscored(name: str) -> str:
+    """A module's name in the one spelling in which names are compared."""
+    return name.replace(".", "_")
+
+
+def plain(name: str) -> str:
+    """The underscored name without the levels that one trainer or another leaves in it."""
+    name = name.replace("_processor_", "_").removesuffix("_processor").replace("_checkpoint_", "_")
+    return name.replace("text_model_text_model_", "text_model_")
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """The name, then what it is without the quirks of one trainer or another."""
+    yield name
+    yield plain(name)
+    yield f"{plain(name)}_0"  # `to_out`, for `to_out.0`
+    yield plain(name).removeprefix("transformer_")
+
+
+def _components(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[str, Views]]]:
+    """Component → module name inside it → (module name in the model, its parameters)."""
+    found: dict[str, dict[str, tuple[str, dict[str, tuple[View, ...]]]]] = {}
+    for path in shapes:
+        name, _, parameter = path.rpartition(".")
+        component, body = _place(name)
+        _, views = found.setdefault(component, {}).setdefault(body, (name, {}))
+        views[parameter] = (View(path),)
+    known = [component for component in found if component != WHOLE]
+    # beside known parts, the rest of a model (decoder, noise schedules, averages) is nothing that adapters name
+    return {component: dict(found[component]) for component in (known or found)}
+
+
+def _place(module: str) -> tuple[str, str]:
+    """(component, name inside it) of a module by its dotted name in the model."""
+    name = ".".join(level for level in module.split(".") if level not in _WRAPPERS)
+    for root, component in ROOTS:
+        if f"{name}.".startswith(root):
+            return "te2" if f"{name}.".startswith(_REFINER) else component, name[len(root) :]
+    return WHOLE, name

@@ -1,0 +1,136 @@
+"""base + Σ strength · ΔW, made in fp32 and rounded once. The one place where the sum is made: for weights and files.
+
+The sum goes by tiles of rows that stay in the processor's cache: each byte of the base is read once, each byte of the
+weight written once, and no ΔW of the weight's size is made. The low-rank patches of a weight become one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_locon.models.targets import View
+from lib_locon.patching.plan import Adder, Patch
+
+TILE = 3 << 18
+"""Numbers in a tile on the CPU: 3 MiB of fp32. Smaller tiles lose to overhead, larger ones leave the cache."""
+
+
+def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = None) -> Tensor:
+    """A new tensor with the sum, in `dtype` (that of `base` if None); `base` is not changed."""
+    out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
+    write_sum(out, base, patches)
+    return out
+
+
+def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
+    """out ← base + Σ strength · ΔW. Both of one shape and on one device; `base` shares no memory with `out`.
+
+    Every ΔW is taken from the pristine base, so that no adapter sees another's work. The order of `patches` is the
+    order of the sum (`make_plan` fixes it).
+    """
+    with torch.no_grad(), _exact_arithmetic(out.device):
+        if out.ndim and out.is_contiguous() and all(_is_rows(patch.view) for patch in patches):
+            _write_rows(out, base.contiguous(), patches)
+        else:
+            _write_views(out, base, patches)
+
+
+def _is_rows(view: View) -> bool:
+    return not view.transposed and (view.length < 0 or view.axis == 0)
+
+
+def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
+    """For the few parts that are no rows (a transposed projection, some input channels): whole, not by tiles."""
+    pristine = base.to(_working(base))
+    total = pristine.clone(memory_format=torch.contiguous_format)
+    for patch in patches:
+        part, source = patch.view.of(total), patch.view.of(pristine).contiguous()
+        change = torch.zeros_like(source)
+        patch.delta.adder(source)(_matrix(change), _matrix(source), 0, patch.strength)
+        part.add_(change)
+    out.copy_(total)
+
+
+@dataclass
+class _Range:
+    """Rows `start` to `stop` of a weight, and what is added to them."""
+
+    start: int
+    stop: int
+    factors: tuple[Tensor, Tensor] | None
+    adders: list[tuple[Adder, float]]
+
+
+def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
+    target, source, work = _matrix(out), _matrix(base), _working(base)
+    rows, columns = target.shape
+    ranges = list(_ranges(base, patches, work))
+    step = max(1, (TILE if out.device.type == "cpu" else rows * columns) // columns)
+    scratch = None if out.dtype == work else torch.empty(min(step, rows), columns, dtype=work, device=out.device)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        tile = target[start:stop] if scratch is None else scratch[: stop - start]
+        tile.copy_(source[start:stop])
+        for part in ranges:
+            _add_range(tile, source, start, stop, part)
+        if scratch is not None:
+            target[start:stop].copy_(tile)
+
+
+def _add_range(tile: Tensor, source: Tensor, start: int, stop: int, part: _Range) -> None:
+    """Adds the rows of `part` that lie in the tile (rows `start` to `stop`)."""
+    low, high = max(start, part.start), min(stop, part.stop)
+    if low >= high:
+        return
+    total = tile[low - start : high - start]
+    if part.factors is not None:
+        up, down = part.factors
+        total.addmm_(up[low - part.start : high - part.start], down)
+    for adder, strength in part.adders:
+        adder(total, source[low:high], low - part.start, strength)
+
+
+def _ranges(base: Tensor, patches: Sequence[Patch], work: torch.dtype) -> Iterator[_Range]:
+    """The patches by the rows that they change; the low-rank ones of equal rows side by side in one product."""
+    views: dict[View, list[Patch]] = {}
+    for patch in patches:
+        views.setdefault(patch.view, []).append(patch)
+    for view, group in views.items():
+        part = view.of(base)
+        ups, downs, adders = [], [], []
+        for patch in group:
+            factors = patch.delta.low_rank(base.device)
+            if factors is None:
+                adders.append((patch.delta.adder(part), patch.strength))
+            else:
+                ups.append(factors[0].to(work) * patch.strength)
+                downs.append(factors[1].to(work))
+        first = view.start if view.length >= 0 else 0
+        product = (torch.cat(ups, 1), torch.cat(downs)) if ups else None
+        yield _Range(first, first + part.shape[0], product, adders)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(-1, 1)
+
+
+def _working(base: Tensor) -> torch.dtype:
+    """In which the sum is made: fp32, and fp64 for the rare weight that is stored so."""
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def _exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Full fp32 products, whatever the host chose for its images: TF32 keeps 10 bits, autocast computes in half."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

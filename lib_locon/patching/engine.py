@@ -1,0 +1,211 @@
+"""The engine: makes a model hold exactly base + plan, and nothing else.
+
+Its promises are in docs/architecture.md; each has a test. State belongs to one model object.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lib_locon.errors import PatchError
+from lib_locon.patching.compute import patched, write_sum
+from lib_locon.patching.plan import Patch, Plan
+from lib_locon.patching.store import BaseStore
+
+SAMPLE = 16  # numbers by which a weight is recognised where torch does not count the writes into it
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What was last written into a weight (None: it is being written now), and how to know the weight again."""
+
+    patches: tuple[Patch, ...] | None
+    weight: int
+    version: object
+    dtype: torch.dtype
+
+    @classmethod
+    def by(cls, weight: Tensor, patches: tuple[Patch, ...] | None) -> _Held:
+        return cls(patches, id(weight), _version(weight), weight.dtype)
+
+    @property
+    def keys(self) -> tuple[object, ...] | None:
+        return None if self.patches is None else tuple(patch.key for patch in self.patches)
+
+    def untouched(self, weight: Tensor) -> bool:
+        """Whether nobody wrote into the weight since, nor put another in its place.
+
+        torch counts the writes into a tensor; moves between devices and dtypes are no writes. The weight is known by
+        its id: a reference, weak ones too, would keep torch from swapping tensors in `.to()`.
+        """
+        return self.patches is None or (self.weight == id(weight) and self.version == _version(weight))
+
+
+def _version(weight: Tensor) -> object:
+    if not weight.is_inference():
+        return weight._version
+    flat = weight.detach().flatten()  # tensors made in inference mode are not counted: look at some of the numbers
+    return tuple(flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].tolist())
+
+
+class Engine:
+    """Writes the weights of one model, in place: the host's references to them stay valid.
+
+    A weight that is not in `_held` holds its base. Safe to call from several threads: calls wait for each other.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._tied: dict[str, str] = {}
+        first: dict[int, str] = {}
+        for prefix, module in model.named_modules():
+            for name, weight in module._parameters.items():
+                path = f"{prefix}.{name}" if prefix else name
+                self._owners[path] = (module, name)
+                # one parameter under several names has one base: it goes by the first
+                self._tied[path] = first.setdefault(id(weight), path)
+        self._store = BaseStore()
+        self._held: dict[str, _Held] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def active(self) -> bool:
+        """Whether any weight differs (or may differ) from its base."""
+        return bool(self._held)
+
+    @property
+    def base_bytes(self) -> int:
+        """Memory taken by copies of pristine weights."""
+        return self._store.nbytes
+
+    def unwritable(self, path: str) -> str | None:
+        """Why the parameter at `path` cannot hold a sum; None where it can."""
+        weight = self._weight(path)
+        if weight.is_meta:
+            return "the model's weight has no data (meta device)"
+        if not weight.is_floating_point():
+            return f"the model's weight is stored as {weight.dtype}".replace("torch.", "")
+        return None
+
+    def unchanged(self) -> bool:
+        """Whether every weight still holds what was last written into it, and nothing was left half done."""
+        with self._lock:
+            return all(held.patches is not None and held.untouched(self._weight(p)) for p, held in self._held.items())
+
+    def apply(self, plan: Plan) -> int:
+        """Makes the model hold base + plan and returns how many weights were written.
+
+        Weights that already hold what they should are not touched. All or nothing: on any error every weight gets its
+        base back before the error goes on (as PatchError; an interrupt as itself).
+        """
+        with self._lock:
+            self._accept_outside_writes()
+            plan = self._untied(plan)
+            wanted = {path: tuple(patch.key for patch in patches) for path, patches in plan.items()}
+            held = {path: entry.keys for path, entry in self._held.items()}
+            changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
+            path = ""
+            try:
+                for path in changed:
+                    self._write(path, plan.get(path, ()))
+            except Exception as error:
+                self.restore()
+                what = str(error) or type(error).__name__
+                raise PatchError(f"{path} could not be patched ({what}); every weight is the base again") from error
+            except BaseException:
+                self.restore()
+                raise
+            return len(changed)
+
+    def restore(self) -> None:
+        """Gives every changed weight its base back, by copy, and frees the copies.
+
+        Goes on to the end whatever happens on the way: Ctrl-C is raised after it; weights that cannot be written are
+        named in a PatchError.
+        """
+        interrupt: KeyboardInterrupt | None = None
+        failed: dict[str, Exception] = {}
+        with self._lock:
+            while set(self._held) - set(failed):
+                try:
+                    self._accept_outside_writes()
+                    for path in [path for path in self._held if path not in failed]:
+                        self._restore_one(path, failed)
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            self._store.keep(failed)
+        if interrupt is not None:
+            raise interrupt
+        if failed:
+            path, cause = next(iter(failed.items()))
+            raise PatchError(f"{len(failed)} weights, {path} first, could not be given their base back ({cause}); "
+                             "load the checkpoint again") from cause  # fmt: skip
+
+    def _restore_one(self, path: str, failed: dict[str, Exception]) -> None:
+        try:
+            self._write(path, ())
+        except Exception as error:  # noqa: BLE001  the others must get their base back, whatever is wrong with this one
+            if torch.equal(self._weight(path).detach().cpu(), self._store.save(path, self._weight(path))):
+                self._forget(path)  # it cannot be written, and never was
+            else:
+                failed[path] = error
+
+    def _accept_outside_writes(self) -> None:
+        """A weight that was loaded anew since we wrote it is a base again: its old base must never come back.
+
+        Where the tensor is another but the numbers are those that we wrote (a conversion that replaces parameters), it
+        is still ours.
+        """
+        for path, entry in list(self._held.items()):
+            weight = self._weight(path)
+            if entry.untouched(weight) or entry.patches is None:
+                continue
+            ours = patched(self._store.save(path, weight).to(weight.device), entry.patches, entry.dtype)
+            if ours.shape == weight.shape and torch.equal(ours.to(weight.dtype), weight.detach()):
+                self._held[path] = _Held.by(weight, entry.patches)
+            else:
+                self._forget(path)
+
+    def _write(self, path: str, patches: Sequence[Patch]) -> None:
+        weight = self._weight(path)
+        with _writing(weight):
+            base = self._store.save(path, weight)
+            # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
+            self._held[path] = _Held.by(weight, None)
+            if patches:
+                write_sum(weight.detach(), base.to(weight.device), patches)
+            else:
+                weight.copy_(base)
+        if patches:
+            self._held[path] = _Held.by(weight, tuple(patches))
+        else:
+            self._forget(path)
+
+    def _forget(self, path: str) -> None:
+        # the copy first: interrupted in between, the weight counts as held and is looked at again; the other way round
+        # a stale copy would be taken for its base one day
+        self._store.drop(path)
+        self._held.pop(path, None)
+
+    def _untied(self, plan: Plan) -> Plan:
+        merged: dict[str, tuple[Patch, ...]] = {}
+        for path, patches in plan.items():
+            first = self._tied.get(path, path)
+            merged[first] = (*merged.get(first, ()), *patches)
+        return merged
+
+    def _weight(self, path: str) -> Tensor:
+        # looked up each time: `.to()` and load_state_dict may put another tensor in the parameter's place
+        module, name = self._owners[path]
+        weight: Tensor = getattr(module, name)
+        return weight
+
+
+def _writing(weight: Tensor) -> AbstractContextManager[object]:
+    return torch.inference_mode() if weight.is_inference() else torch.no_grad()

@@ -1,0 +1,79 @@
+"""What is to be done to a model, as data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lib_locon.errors import PatchError
+from lib_locon.models.targets import View
+
+Adder: TypeAlias = Callable[[Tensor, Tensor, int, float], None]
+"""(total, base, start, strength): adds strength · ΔW to `total`, some rows of the sum from row `start` on, as a matrix
+in fp32 (or fp64); `base` are the same rows of the pristine weight in their own dtype."""
+
+
+class Delta(Protocol):
+    """Whatever knows a ΔW."""
+
+    def adder(self, base: Tensor) -> Adder:
+        """What adds it by rows. `base` is the whole pristine weight that ΔW is for, in its own shape and dtype."""
+        ...
+
+    def low_rank(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """`(up, down)` in fp32 with ΔW = up · down as matrices, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Patch:
+    """strength · ΔW on a part of one parameter. `source` says where `delta` comes from: equal sources, equal ΔW."""
+
+    source: str
+    view: View
+    strength: float
+    delta: Delta
+
+    @property
+    def key(self) -> tuple[str, View, float]:
+        """Equal keys change a weight equally."""
+        return self.source, self.view, self.strength
+
+
+def _sum(strengths: Iterable[float]) -> float:
+    try:
+        strength = math.fsum(strengths)
+    except OverflowError:
+        strength = math.inf
+    if not abs(strength) <= torch.finfo(torch.float32).max:
+        raise PatchError("the strengths of one adapter come to no number that fp32 holds; nothing was changed")
+    return strength
+
+
+Plan: TypeAlias = Mapping[str, tuple[Patch, ...]]
+"""Parameter path → its patches, in an order that does not depend on the order of the tags."""
+
+
+def make_plan(patches: Iterable[Patch]) -> Plan:
+    """Groups by parameter, adds up the strengths of equal sources, drops what comes to 0, and sorts.
+
+    Floating-point sums depend on their order, so the order is fixed here, by source and view; `fsum` rounds once, so
+    that three equal sources give the same strength in any order too. Raises PatchError for one that is not finite.
+    """
+    strengths: dict[tuple[str, View], list[float]] = {}
+    deltas: dict[tuple[str, View], Delta] = {}
+    for patch in patches:
+        strengths.setdefault((patch.source, patch.view), []).append(patch.strength)
+        deltas.setdefault((patch.source, patch.view), patch.delta)
+    plan: dict[str, tuple[Patch, ...]] = {}
+    for (source, view), parts in sorted(strengths.items()):
+        strength = _sum(parts)
+        if strength:
+            patch = Patch(source, view, strength, deltas[source, view])
+            plan[view.path] = (*plan.get(view.path, ()), patch)
+    return plan

@@ -1,0 +1,239 @@
+"""Where pristine weights are kept while the model holds patched ones.
+
+`checkpoint`: nowhere. The value is read back from the file that the model came from. That it can be is not assumed but
+proved, per weight and before its first change, by comparing the file's numbers, cast to the weight's dtype, with the
+weight, bit for bit. What differs (a baked VAE, a merge, an edited weight) or is not there is copied to RAM.
+`ram`, `device`: copies of the touched weights, in RAM (pinned for a weight on a GPU) or beside the weight.
+`auto`: as `checkpoint` where there is a file to read from, else as `ram`.
+
+Not safe for several threads: the engine's lock is around every call.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from lib_locon.errors import FileError, PatchError
+from lib_locon.patching.memory import Scratch, allocate
+
+Policy: TypeAlias = Literal["auto", "checkpoint", "ram", "device"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class BaseLost(PatchError):
+    """The pristine value of a weight cannot be read back any more; nothing was written."""
+
+
+class PristineSource(Protocol):
+    """The file that a model came from."""
+
+    def read(self, path: str, out: Tensor) -> None:
+        """Fills `out` (contiguous, on the CPU) with the weight at `path`, cast to the dtype of `out`.
+
+        The same bits each time. Raises FileError, with `out` undefined, where the file has no such weight in this
+        shape, cannot be read, or is not what it was when the source was made.
+        """
+        ...
+
+    def unchanged(self) -> bool:
+        """Whether the file is there as it was, so that another weight may rely on it."""
+        ...
+
+
+@dataclass(frozen=True)
+class _ReadBack:
+    """A weight that was proved to be in the file. It keeps its own source: the store's may be another by now.
+
+    `dtype` is the weight's when it was proved: what the model then held is the base, in whatever dtype the file is.
+    """
+
+    source: PristineSource
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """What a copy would take."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def read(self, scratch: Scratch) -> Tensor:
+        out = scratch.lend(self.shape, self.dtype)
+        self.source.read(self.path, out)
+        return out
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """How the bases of the touched weights are kept: `weights` and `nbytes` by way (`checkpoint`, `ram`, `device`).
+
+    `reasons` says why weights that might have been read back were copied, and for how many each; `file_changed` that
+    the file that others are read from is not there any more as it was.
+    """
+
+    policy: Policy
+    weights: Mapping[str, int]
+    nbytes: Mapping[str, int]
+    reasons: Mapping[str, int]
+    file_changed: bool
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        where = {"checkpoint": "read back from the checkpoint", "ram": "copied to RAM", "device": "copied on the GPU"}
+        parts = [
+            f"{self.weights[way]} weights ({self.nbytes[way] / 2**20:.0f} MiB) {where[way]}"
+            for way in where
+            if self.weights.get(way)
+        ]
+        parts += [f"{count} not read back: {reason}" for reason, count in self.reasons.items()]
+        parts += ["the checkpoint file is not there any more as it was"] if self.file_changed else []
+        return f"base ({self.policy}): {'; '.join(parts) or 'nothing is kept'}"
+
+
+class BaseStore:
+    """The pristine values of the touched weights, and of those only. The first save of a weight wins until dropped.
+
+    `policy` and `source` may be set at any time; they hold for weights saved from then on. A host that loads another
+    checkpoint into the model sets the new source.
+    """
+
+    def __init__(self, policy: Policy = "auto", source: PristineSource | None = None) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+        self.policy: Policy = policy
+        self.source = source
+        self._copies: dict[str, Tensor] = {}
+        self._reads: dict[str, _ReadBack] = {}
+        self._reasons: dict[str, str] = {}
+        self._scratch = Scratch()
+
+    def save(self, path: str, weight: Tensor) -> Tensor:
+        """The pristine value of the weight at `path`; where the store has none yet, `weight` is it.
+
+        Contiguous, in the dtype that the weight had at the first call; on the CPU, or with `device` where the weight
+        was. The caller must not write into it. Raises BaseLost.
+        """
+        # a second save must never replace the first: by then the model may hold a patched weight
+        copy = self._copies.get(path)
+        if copy is not None:
+            return copy
+        read = self._reads.get(path)
+        if read is None:
+            return self._first(path, weight)
+        try:
+            return read.read(self._scratch)
+        except FileError as error:
+            return self._loaded_again(path, weight, read, error)
+
+    def drop(self, path: str) -> None:
+        """Forgets a weight that holds its base again."""
+        self._copies.pop(path, None)
+        self._reads.pop(path, None)
+        self._reasons.pop(path, None)
+        self._free_if_idle()
+
+    def keep(self, paths: Collection[str]) -> None:
+        """Forgets all other weights."""
+        self._copies = {path: copy for path, copy in self._copies.items() if path in paths}
+        self._reads = {path: read for path, read in self._reads.items() if path in paths}
+        self._reasons = {path: reason for path, reason in self._reasons.items() if path in paths}
+        self._free_if_idle()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held: the copies, and the buffer for reading back."""
+        return sum(copy.nbytes for copy in self._copies.values()) + self._scratch.nbytes
+
+    def report(self) -> StoreReport:
+        """How the weights are kept now."""
+        kept = [("ram" if copy.device.type == "cpu" else "device", copy.nbytes) for copy in self._copies.values()]
+        kept += [("checkpoint", read.nbytes) for read in self._reads.values()]
+        nbytes: Counter[str] = Counter()
+        for way, size in kept:
+            nbytes[way] += size
+        sources = {id(read.source): read.source for read in self._reads.values()}
+        changed = not all(source.unchanged() for source in sources.values())
+        return StoreReport(
+            self.policy, Counter(way for way, _ in kept), nbytes, Counter(self._reasons.values()), changed
+        )
+
+    def _first(self, path: str, weight: Tensor) -> Tensor:
+        if self.policy in ("auto", "checkpoint"):
+            try:
+                return self._proved(path, weight)
+            except FileError as reason:
+                self._reasons[path] = str(reason)
+            self._free_if_idle()
+        copy = _copy_on_device(weight) if self.policy == "device" else _copy_in_ram(weight)
+        self._copies[path] = copy
+        return copy
+
+    def _proved(self, path: str, weight: Tensor) -> Tensor:
+        """`weight` as the file has it, bit for bit. Raises FileError with the reason where it does not."""
+        source = self.source
+        if source is None:
+            raise FileError("there is no checkpoint file that the model is known to come from")
+        if not _is_plain(weight):
+            raise FileError("the model's weight is no plain tensor")
+        if not source.unchanged():
+            raise FileError("the checkpoint file has changed, or is too new to tell whether it will")
+        read = _ReadBack(source, path, tuple(weight.shape), weight.dtype)
+        base = read.read(self._scratch)
+        if not same_bits(base.to(weight.device), weight):
+            raise FileError("the model's weight is not the checkpoint's")
+        self._reads[path] = read
+        return base
+
+    def _loaded_again(self, path: str, weight: Tensor, lost: _ReadBack, error: FileError) -> Tensor:
+        """The way out after a base was lost: the host loaded a checkpoint, and the weight is what that file has."""
+        if self.source is not None and self.source is not lost.source:
+            try:
+                return self._proved(path, weight)
+            except FileError:
+                pass
+        raise BaseLost(f"the base of {path} is lost ({error}); load the checkpoint again") from error
+
+    def _free_if_idle(self) -> None:
+        if not self._reads:
+            self._scratch.free()
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors on one device hold the same bits: -0.0 is not 0.0, a NaN is itself.
+
+    Any strides (a weight in channels_last): a view as integers of the same size needs no copy.
+    """
+    integers = _INTEGERS.get(one.dtype.itemsize)
+    if one.dtype != other.dtype or one.shape != other.shape or integers is None:
+        return False
+    return torch.equal(one.detach().view(integers), other.detach().view(integers))
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight.detach()) is Tensor
+
+
+def _copy_in_ram(weight: Tensor) -> Tensor:
+    pristine = weight.detach()
+    if not _is_plain(weight):  # a quantised one has its own idea of a copy
+        return pristine.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if weight.is_cuda:
+        try:
+            pinned = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
+        except RuntimeError:  # the system pins no more: slower, but it works
+            pass
+        else:
+            return pinned.copy_(pristine)
+    return allocate(tuple(weight.shape), weight.dtype).copy_(pristine)
+
+
+def _copy_on_device(weight: Tensor) -> Tensor:
+    return weight.detach().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,1 @@
+"""The prompt: text → requests. Plain strings, no torch."""

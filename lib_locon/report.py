@@ -1,0 +1,79 @@
+"""What happened, for the user: one AdapterReport per tag, and the sentences about tags that could not be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lib_locon.files.adapter import Unmatched
+from lib_locon.matching import WRONG_SHAPE, Match
+from lib_locon.prompt.request import Problem, Strengths
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One adapter as it was applied."""
+
+    name: str
+    strengths: Strengths
+    families: dict[str, int]
+    """What a user calls the family → layers of it."""
+    used: int
+    total: int
+    unmatched: tuple[Unmatched, ...]
+    notes: tuple[str, ...] = ()
+    """Choices that the file left open, and what was chosen."""
+    made_for: str = ""
+    """The family of base models that the file was made for, where nothing of it fits this one."""
+
+    @classmethod
+    def of(cls, name: str, strengths: Strengths, match: Match) -> AdapterReport:
+        """From a match with the model."""
+        families = Counter(item.layer.label for item in match.matched)
+        counts = dict(families.most_common())
+        return cls(name, strengths, counts, match.used, match.total, match.unmatched, match.notes, match.made_for)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        plain = {**asdict(self), "strengths": self.strengths._asdict()}
+        return {key: value for key, value in plain.items() if value or key not in ("notes", "made_for")}
+
+    def __str__(self) -> str:
+        te, unet = self.strengths
+        strengths = f"{te:g}" if te == unet else f"te {te:g}, unet {unet:g}"
+        if not self.used and self.total:
+            why = f"it was made for {self.made_for}; {summary(self.unmatched)}"
+            return f"{self.name} changes nothing: none of its {self.total} layers fit this model ({why})"
+        families = ", ".join(self.families) or "no layers"
+        line = f"{self.name} ({families}) at {strengths}: {self.used}/{self.total} layers"
+        if self.unmatched:
+            line += f"; not used: {summary(self.unmatched)}"
+        return "; ".join([line, *self.notes])
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole set of adapters. `written` weights were changed for it; 0 when the model held the set already."""
+
+    adapters: tuple[AdapterReport, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    written: int = 0
+    warnings: tuple[Problem, ...] = field(default=())
+
+    def lines(self) -> list[str]:
+        """One sentence or line per adapter and per problem."""
+        return [*map(str, self.adapters), *map(str, self.problems), *map(str, self.warnings)]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def summary(unmatched: tuple[Unmatched, ...], most: int = 3) -> str:
+    """By reason, the commonest first: `66 × the model has no te2, 1 × not finite …`."""
+    # what exactly is wrong with a shape differs from layer to layer; that it is wrong is one reason
+    reasons = Counter(WRONG_SHAPE if item.reason.startswith(WRONG_SHAPE) else item.reason for item in unmatched)
+    parts = [f"{count} × {reason}" for reason, count in reasons.most_common(most)]
+    if len(reasons) > most:
+        parts.append(f"{sum(reasons.values()) - sum(n for _, n in reasons.most_common(most))} more for other reasons")
+    return ", ".join(parts)

@@ -1,0 +1,378 @@
+"""The extension in the headless webui, end to end: from a prompt to an image, with and without the built-in Lora."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops, ImageStat
+
+from extensions_builtin_shim.__main__ import main
+from extensions_builtin_shim.launch import ADAPTERS, CHECKOUT, OURS, launch
+from extensions_builtin_shim.tiny_sd import TinySD
+from extensions_builtin_shim.tiny_sd.models.make_adapters import RECIPES, write_all
+
+Launch = Callable[..., Any]
+
+BUILTIN_LORA = """
+from modules import extra_networks, script_callbacks
+
+class BuiltinLora(extra_networks.ExtraNetwork):
+    def activate(self, p, params_list):
+        p.comment(f"the built-in was given {len(params_list)} tags")
+    def deactivate(self, p):
+        pass
+
+def before_ui():
+    network = BuiltinLora("lora")
+    extra_networks.register_extra_network(network)
+    extra_networks.register_extra_network_alias(network, "lyco")
+
+script_callbacks.on_before_ui(before_ui)
+"""
+
+
+@functools.cache
+def model() -> TinySD:
+    return TinySD.random(0)
+
+
+@pytest.fixture
+def started() -> Iterator[Launch]:
+    """started(**options of launch): a webui that is closed after the test."""
+    running = []
+
+    def start(**options: Any) -> Any:
+        running.append(launch(make_model=lambda: copy.deepcopy(model()), **options))
+        return running[-1]
+
+    yield start
+    for webui in running:
+        webui.close()
+
+
+@pytest.fixture
+def builtin(tmp_path: Path) -> dict[str, Path]:
+    """A fake of the built-in Lora: registers in before_ui, as that does."""
+    script = tmp_path / "Lora" / "scripts" / "lora_script.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(BUILTIN_LORA)
+    return {"Lora": tmp_path / "Lora"}
+
+
+def generate(webui: Any, prompt: str, **options: Any) -> Any:
+    return webui.generate(prompt, seed=1, steps=2, **options)
+
+
+def difference(first: Image.Image, second: Image.Image) -> float:
+    """Mean, of 255."""
+    return max(ImageStat.Stat(ImageChops.difference(first, second)).mean)
+
+
+def test_every_shipped_adapter_shows_and_goes(started: Launch) -> None:
+    webui = started()
+    plain = generate(webui, "a red cat")
+    assert plain.adapters == ()
+    assert plain.comments == ()
+    pictures = {plain.image.tobytes()}
+    for name, recipe in RECIPES.items():
+        run = generate(webui, f"a red cat <lora:{name}:1>")
+        (adapter,) = run.adapters
+        assert adapter.used == adapter.total > 30
+        assert adapter.unmatched == ()
+        assert recipe.title in adapter.families
+        assert run.comments == (str(adapter),)
+        assert difference(plain.image, run.image) > 3
+        pictures.add(run.image.tobytes())
+        assert generate(webui, "a red cat").png == plain.png
+    assert len(pictures) == 1 + len(RECIPES)
+
+
+def test_same_request_same_bytes(started: Launch) -> None:
+    prompt = "a red cat <lora:tiny_lora:0.8><lora:tiny_lokr:0.5>"
+    first = generate(started(), prompt)
+    second = generate(started(), prompt)
+    assert first.sha256 == second.sha256 == hashlib.sha256(second.png).hexdigest()
+    assert Image.open(io.BytesIO(first.png)).text["parameters"] == first.infotext  # type: ignore[attr-defined]
+    assert first.infotext.startswith(f"{prompt}\nSteps: 2, ")
+    assert first.seconds.load > 0
+    assert first.seconds.apply > 0
+    assert first.seconds.sample > 0
+
+
+def test_order_of_tags_and_lyco(started: Launch) -> None:
+    webui = started()
+    pictures = {
+        generate(webui, f"cat {tags}").image.tobytes()
+        for tags in (
+            "<lora:tiny_lora:0.8><lora:tiny_loha:0.5>",
+            "<lora:tiny_loha:0.5><lora:tiny_lora:0.8>",
+            "<lyco:tiny_loha:0.5><lora:tiny_lora:0.8>",
+            "<lyco:tiny_loha:0.5><lyco:tiny_lora:0.8>",
+        )
+    }
+    assert len(pictures) == 1
+
+
+def test_what_goes_wrong_is_said_and_the_rest_applies(started: Launch) -> None:
+    webui = started()
+    good = generate(webui, "cat <lora:tiny_lora:0.8>")
+    run = generate(webui, "cat <lora:tiny_loho:1><lora:tiny_lora:0.8><lora:tiny_lokr:much><lora:../x:1><lora: :1>")
+    assert [adapter.name for adapter in run.adapters] == ["tiny_lora"]
+    assert run.image.tobytes() == good.image.tobytes()
+    said = "\n".join(run.comments)
+    assert "no adapter 'tiny_loho'" in said
+    assert "tiny_loha" in said.partition("near it:")[2].partition("\n")[0]
+    assert "'much' is no number" in said
+    assert "'../x'" in said
+    assert "names no adapter" in said
+    # strength 0 leaves the base; and what the last run reported is not reported again
+    zero = generate(webui, "cat <lora:tiny_lora:0>")
+    assert [adapter.strengths.te for adapter in zero.adapters] == [0]
+    plain = generate(webui, "cat")
+    assert plain.adapters == ()
+    assert zero.image.tobytes() == plain.image.tobytes()
+
+
+def test_reload_ui_again_and_again(started: Launch) -> None:
+    webui = started()
+    plain, with_lora = (generate(webui, prompt) for prompt in ("cat", "cat <lora:tiny_lora:1>"))
+    for _ in range(3):
+        webui.reload_ui()  # while the adapter is in the model
+        assert generate(webui, "cat <lora:tiny_lora:1>").png == with_lora.png
+        webui.reload_ui()
+        assert generate(webui, "cat").png == plain.png
+        assert generate(webui, "cat <lyco:tiny_lora:1>").image.tobytes() == with_lora.image.tobytes()
+
+
+def test_takes_over_from_the_builtin(started: Launch, builtin: dict[str, Path]) -> None:
+    """Facts: `before_ui` runs reversed, `<lyco:…>` is in another table, "Reload UI" clears the registries."""
+    alone = generate(started(), "cat <lora:tiny_lora:1><lyco:tiny_loha:1>")
+    webui = started(builtin=builtin)
+    for _ in range(2):
+        run = generate(webui, "cat <lora:tiny_lora:1><lyco:tiny_loha:1>")
+        assert run.comments == alone.comments
+        assert run.png == alone.png
+        webui.reload_ui()
+
+
+def test_builtin_answers_without_us(started: Launch, builtin: dict[str, Path]) -> None:
+    """The fake can win: else the test above would prove nothing."""
+    run = generate(started(builtin=builtin, extensions={}), "cat <lora:tiny_lora:1>")
+    assert run.comments == ("the built-in was given 1 tags",)
+    assert run.adapters == ()
+
+
+def test_metadata_alone_takes_over(started: Launch, builtin: dict[str, Path]) -> None:
+    """Fact: "Two ways that held": before app_started, metadata.ini has put us behind the built-in already."""
+    from modules import script_callbacks
+
+    started(builtin=builtin)
+    names = [known.name for known in script_callbacks.ordered_callbacks("before_ui")]
+    assert len(names) == 2
+    assert names[1] == "lora/lora_script.py/before_ui"
+
+
+def test_app_started_alone_takes_over(started: Launch, builtin: dict[str, Path], tmp_path: Path) -> None:
+    """Fact: "or registering in `on_app_started`": also where metadata.ini is missing or names the file wrongly."""
+    root = tmp_path / "ours"
+    shutil.copytree(CHECKOUT / "scripts", root / "scripts")
+    (root / "lib_locon").symlink_to(CHECKOUT / "lib_locon")
+    webui = started(builtin=builtin, extensions={"ours": root})
+    assert len(generate(webui, "cat <lora:tiny_lora:1>").adapters) == 1
+
+
+def test_failure_inside_activate(
+    started: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fact: "An exception inside `activate` is printed and swallowed by the host"."""
+    webui = started()
+    plain = generate(webui, "cat")
+    from lib_locon.hosts.webui import Webui
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Webui, "activate", lambda *_: 1 / 0)
+        run = generate(webui, "cat <lora:tiny_lora:1>")
+    assert run.image.tobytes() == plain.image.tobytes()
+    assert run.seconds.apply >= 0
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    assert difference(generate(webui, "cat <lora:tiny_lora:1>").image, plain.image) > 3
+
+
+def test_two_models(started: Launch) -> None:
+    """Fact: "Several checkpoints can be kept loaded, so state belongs to a model object"."""
+    webui = started()
+    from modules import sd_models, shared
+
+    first = shared.sd_model
+    prompts = ("cat", "cat <lora:tiny_lora:1>")
+    wanted = [generate(webui, prompt).png for prompt in prompts]
+    # another checkpoint, loaded while the first holds an adapter
+    sd_models.model_data.make = lambda: TinySD.random(5)
+    second = sd_models.load_model()
+    others = [generate(webui, prompt).png for prompt in prompts]
+    assert not set(wanted) & set(others)
+    for current, expected in ((first, wanted), (second, others), (first, wanted)):
+        shared.sd_model = current
+        assert [generate(webui, prompt).png for prompt in prompts] == expected
+        generate(webui, prompts[1])
+
+
+def test_other_weights_in_the_same_model(started: Launch) -> None:
+    """Fact: "`on_model_loaded` also fires on checkpoint changes with the same model object"."""
+    webui = started()
+    from modules import sd_models
+
+    wanted = [generate(webui, prompt).png for prompt in ("cat", "cat <lora:tiny_lora:1>")]
+    other = TinySD.random(5)
+    sd_models.reload_model_weights(other.state_dict())  # while an adapter is in
+    assert generate(webui, "cat").png not in wanted
+    generate(webui, "cat <lora:tiny_lora:1>")
+    sd_models.reload_model_weights(model().state_dict())
+    assert [generate(webui, prompt).png for prompt in ("cat", "cat <lora:tiny_lora:1>")] == wanted
+
+
+def test_close_leaves_nothing(started: Launch) -> None:
+    webui = started()
+    from modules import extra_networks, shared
+
+    held = shared.sd_model
+    generate(webui, "cat <lora:tiny_lora:1>")
+    webui.close()
+    assert extra_networks.extra_network_registry == {}
+    wanted = model().state_dict()
+    assert [name for name, tensor in held.state_dict().items() if not tensor.equal(wanted[name])] == []
+
+
+def test_adapters_are_those_that_the_code_writes(tmp_path: Path) -> None:
+    written = {path.name: path.read_bytes() for path in write_all(tmp_path)}
+    assert written == {path.name: path.read_bytes() for path in ADAPTERS.iterdir()}
+    assert sum(map(len, written.values())) < 500_000
+
+
+def test_adapters_are_sound_files() -> None:
+    from safetensors import safe_open
+
+    for path in ADAPTERS.iterdir():
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            assert metadata["ss_output_name"] == path.stem
+            assert metadata["ss_network_module"] in ("networks.lora", "lycoris.kohya")
+            keys = list(file.keys())
+            assert {str(file.get_tensor(key).dtype) for key in keys} == {"torch.float16"}
+            assert all(key.startswith(("lora_unet_", "lora_te_text_model_")) for key in keys)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    """In a process of its own, as a user calls it: without, with, without, and with again."""
+    prompts = ["a red cat", "a red cat <lora:tiny_loha:0.8><lora:nope:1>"] * 2
+    arguments = [argument for prompt in prompts for argument in ("--prompt", prompt)]
+    command = [sys.executable, "-m", "extensions_builtin_shim", *arguments, "--seed", "1", "--steps", "2", "--json"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "a.png"), "--lora-dir", str(ADAPTERS)],
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data.keys() == {"runs"}
+    runs = data["runs"]
+    assert [run["prompt"] for run in runs] == prompts
+    assert runs[0]["sha256"] == runs[2]["sha256"] != runs[1]["sha256"] == runs[3]["sha256"]
+    for index, run in enumerate(runs):
+        assert run.keys() == {"prompt", "seed", "image", "sha256", "adapters", "comments", "seconds"}
+        assert run["image"] == str(tmp_path / f"a-{index + 1}.png")
+        assert hashlib.sha256(Path(run["image"]).read_bytes()).hexdigest() == run["sha256"]
+        assert run["seconds"].keys() == {"load", "apply", "sample"}
+        assert (run["seconds"]["load"] > 0) == (index == 0)
+    assert runs[0]["adapters"] == []
+    (adapter,) = runs[1]["adapters"]
+    assert adapter.pop("total") == adapter.pop("used") > 30
+    assert set(adapter.pop("families")) == {"LoHa"}
+    assert adapter == {"name": "tiny_loha", "strengths": {"te": 0.8, "unet": 0.8}, "unmatched": []}
+    assert "no adapter 'nope'" in "\n".join(runs[1]["comments"])
+    assert done.stderr.count("no adapter 'nope'") == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the command line the making of the model."""
+    made = model()  # before the way to make it is gone
+    monkeypatch.setattr(TinySD, "random", classmethod(lambda cls, *_: copy.deepcopy(made)))
+
+
+def test_command_line_without_json(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a.png"
+    arguments = ["--prompt", "cat <lora:tiny_lora:1:2:3:4>", "--steps", "1", "--seed", "-1", "--out", str(out)]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{out}  seed ")
+    assert told.err.count("tiny_lora (LoRA) at te 1, unet 2: ") == 1
+    assert told.err.count("'4' is not understood") == 1
+    assert Image.open(out).size == (32, 32)
+
+
+def test_json_without_a_file(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--prompt", "cat", "--steps", "1", "--json", "--lora-dir", str(tmp_path)]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["image"] is None
+
+
+def test_file_that_cannot_be_written(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.png").mkdir()
+    assert main(["--prompt", "cat", "--steps", "1", "--out", str(tmp_path / "a.png")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--prompt x", "where should the image go"),
+        ("--prompt x --out a.jpg", "--out must end in .png"),
+        ("--prompt x --out none/a.png", "there is no folder none"),
+        ("--prompt x --json --steps 0", "the steps must be"),
+        ("--prompt x --json --steps 201", "the steps must be"),
+        ("--prompt x --json --steps many", "invalid int value: 'many'"),
+        ("--prompt x --json --seed -2", "the seed must be"),
+        ("--prompt x --json --seed 4294967296", "the seed must be"),
+        ("--prompt x --json --lora-dir none", "there is no folder none"),
+        ("--prompt x --json --port 80", "--port is the page's"),
+        ("--prompt \udcff --json", "no text in UTF-8"),
+        ("--json", "go with --prompt"),
+        ("--port 65536", "--port must be 0 to 65535"),
+        ("--nonsense", "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+
+
+def test_launch_refuses_another_modules(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Inside a real webui the stand-in stays out of the way."""
+    from types import ModuleType
+
+    other = ModuleType("modules")
+    other.__file__ = str(tmp_path / "modules" / "__init__.py")
+    monkeypatch.setitem(sys.modules, "modules", other)
+    with pytest.raises(RuntimeError, match="another package called `modules`"):
+        launch()
+
+
+def test_our_extension_is_this_checkout() -> None:
+    assert (OURS["sd-webui-locon"] / "scripts" / "locon.py").is_file()
