@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("files", nargs="+", type=Path, metavar="FILE")
     command.add_argument("--base", type=Path, metavar="CHECKPOINT", help="also say what each would change in this one")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _add_allow_pickle(command)
     command.set_defaults(run=_inspect)
 
     command = commands.add_parser("bake", help="write a checkpoint with adapters baked in")
@@ -57,8 +58,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--skip-bad", action="store_true", help="go on without tags that cannot be used")
     command.add_argument("--force", action="store_true", help="replace OUT if it exists")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _add_allow_pickle(command)
     command.set_defaults(run=_bake)
     return parser
+
+
+def _add_allow_pickle(command: argparse.ArgumentParser) -> None:
+    what = "also read pickled adapters (.pt, .ckpt); only from authors you trust"
+    command.add_argument("--allow-pickle", action="store_true", help=what)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -67,7 +74,7 @@ def _inspect(options: argparse.Namespace) -> int:
     errors: list[dict[str, str]] = []
     for path in options.files:
         try:
-            found.append(inspect(path, checkpoint))
+            found.append(inspect(path, checkpoint, allow_pickle=options.allow_pickle))
         except LoconError as error:
             errors.append({"path": str(path), "error": str(error)})
     if options.json:
@@ -100,7 +107,7 @@ def _inspection_text(found: Inspection) -> str:
         if found.match.unmatched:
             rows["not used"] = summary(found.match.unmatched)
     lines = [f"  {label:<13} {value}" for label, value in rows.items()]
-    lines += [f"    {item.key}: {item.reason}" for item in (found.match.unmatched if found.match else found.unread)]
+    lines += [f"    {item}" for item in (found.match.unmatched if found.match else found.unread)]
     return "\n".join([found.name, *lines])
 
 
@@ -115,7 +122,7 @@ def _bake(options: argparse.Namespace) -> int:
     checkpoint = SafetensorsFile(options.checkpoint)
     _check_output(options)
     parsed = parse_prompt(options.prompt)
-    uses, problems = _uses(options.lora_dir, parsed)
+    uses, problems = _uses(options.lora_dir, parsed, options.allow_pickle)
     for problem in (*parsed.warnings, *problems):
         print(problem, file=sys.stderr)
     if problems and not options.skip_bad:
@@ -137,11 +144,13 @@ def _bake(options: argparse.Namespace) -> int:
     return 0
 
 
-def _uses(folders: Sequence[Path], parsed: Parsed) -> tuple[list[Use], list[Problem]]:
+def _uses(folders: Sequence[Path], parsed: Parsed, allow_pickle: bool) -> tuple[list[Use], list[Problem]]:
     for folder in folders:
         if not folder.is_dir():
             raise LoconError(f"--lora-dir {folder} is no folder")
-    uses, missing = resolve(parsed.requests, Library(folders), AdapterCache())
+    uses, missing = resolve(
+        parsed.requests, Library(folders, allow_pickle=allow_pickle), AdapterCache(allow_pickle=allow_pickle)
+    )
     if not uses and not parsed.bad and not missing:
         raise LoconError('--prompt has no <lora:…> tag in it, so there is nothing to bake: try "<lora:name:1>"')
     return uses, [*parsed.bad, *missing]

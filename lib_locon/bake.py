@@ -18,7 +18,7 @@ from lib_locon.files.writer import CHUNK, write_safetensors
 from lib_locon.inspection import checkpoint_table, unwritable
 from lib_locon.matching import Match, Matched, match
 from lib_locon.models.targets import View
-from lib_locon.patching.compute import patched
+from lib_locon.patching.compute import overflows, patched
 from lib_locon.patching.plan import Patch, Plan, make_plan
 from lib_locon.report import AdapterReport
 from lib_locon.session import Use
@@ -141,9 +141,13 @@ def _tensor_bytes(
     if shape != entry.shape:
         base = torch.nn.functional.pad(base, _padding(entry.shape, shape))
     try:
-        new = patched(base, patches)
+        new, extremes = patched(base, patches)
     except (RuntimeError, MemoryError) as error:
         raise FileError(f"a tensor of the shape {list(shape)} could not be patched: {error}") from error
+    if overflows(extremes, new.dtype) and bool(torch.isfinite(base.float()).all()):
+        raise FileError(
+            f"at these strengths a tensor of the shape {list(shape)} has numbers that {new.dtype} cannot hold"
+        )
     yield new.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

@@ -55,9 +55,9 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(path: Path, checkpoint: SafetensorsFile | None = None) -> Inspection:
+def inspect(path: Path, checkpoint: SafetensorsFile | None = None, *, allow_pickle: bool = False) -> Inspection:
     """Reads the header of the adapter at `path` (and its alphas), no other tensor. Raises FileError."""
-    adapter = read_adapter(path, header_only=True)
+    adapter = read_adapter(path, header_only=True, allow_pickle=allow_pickle)
     layers = [layer for module in adapter.modules for layer in module.layers]
     return Inspection(
         name=adapter.name,

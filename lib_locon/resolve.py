@@ -18,8 +18,9 @@ from lib_locon.session import Use
 class AdapterCache:
     """The adapters used last, by file identity: a file trained anew under the same name is read anew."""
 
-    def __init__(self, most: int = 8) -> None:
+    def __init__(self, most: int = 8, *, allow_pickle: bool = False) -> None:
         self.most = most
+        self.allow_pickle = allow_pickle
         self._lock = threading.Lock()
         self._adapters: OrderedDict[FileIdentity, Adapter] = OrderedDict()
 
@@ -29,7 +30,7 @@ class AdapterCache:
         with self._lock:
             adapter = self._adapters.get(identity)
             if adapter is None:
-                adapter = self._adapters[identity] = read_adapter(path)
+                adapter = self._adapters[identity] = read_adapter(path, allow_pickle=self.allow_pickle)
             self._adapters.move_to_end(identity)
             while len(self._adapters) > self.most:
                 self._adapters.popitem(last=False)

@@ -335,3 +335,22 @@ def states(
     done = weights(model)
     helper.restore()
     return base, started, done
+
+
+# ---- numbers that the dtype cannot hold
+
+
+def test_a_sum_beyond_fp16_leaves_the_base_and_says_so(patch: MakePatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+    base = weights(model)
+    changes = [patch("0.weight", torch.ones(4, 4)), patch("1.weight", torch.ones(4, 4), strength=1e6)]
+    with pytest.raises(PatchError, match=r"1\.weight .* beyond those of its dtype"):
+        Engine(model).apply(make_plan(changes))
+    assert weights(model) == base
+
+
+def test_a_base_that_is_not_finite_itself_is_no_reason_to_refuse(patch: MakePatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).half()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    assert Engine(model).apply(make_plan([patch("0.weight", torch.ones(4, 4))])) == 1

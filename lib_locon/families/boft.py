@@ -26,6 +26,12 @@ class BOFT(OutputRotation):
             raise ShapeError(f"BOFT blocks have four axes, not the shape {tuple(self.blocks.shape)}")
         return sizes["d"] * sizes["b"], None
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        check_stages(self.blocks)
+        if self.blocks.shape[-1] % 2:
+            raise ShapeError(f"BOFT blocks of {self.blocks.shape[-1]} rows have no halves")
+
     def rotate(self, rows: Tensor) -> Tensor:
         rotations = cayley(constrained(skew(self.blocks), self.alpha, rows.shape[0]))
         stages, d, b, _ = rotations.shape
@@ -36,10 +42,15 @@ class BOFT(OutputRotation):
         return rows
 
 
+def check_stages(blocks: Tensor) -> None:
+    """Raises ShapeError unless each stage can pair the half-blocks of 2^stage blocks."""
+    stages, d, b, _ = blocks.shape
+    if (b % 2 and stages > 1) or d % 2 ** min(stages - 1, d.bit_length()):
+        raise ShapeError(f"{d} blocks of {b} rows cannot be mixed in {stages} stages")
+
+
 def butterfly(length: int, step: int, device: torch.device) -> Tensor:
     """The order of indices (length,) in which (c, 2, step) reads as (c, step, 2): partners side by side."""
-    if length % (2 * step):
-        raise ShapeError(f"{length} rows cannot be taken in steps of {2 * step}")
     return torch.arange(length, device=device).reshape(-1, 2, step).mT.flatten()
 
 
@@ -55,7 +66,13 @@ class PeftBOFT(Family):
 
     def shape(self) -> tuple[int | None, int | None]:
         sizes = self.sizes()
+        if self.rotation.ndim != 4:
+            raise ShapeError(f"BOFT blocks have four axes, not the shape {tuple(self.rotation.shape)}")
         return self.rescale.numel(), sizes["d"] * sizes["b"]
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        check_stages(self.rotation)
 
     def delta(self, base: Tensor) -> Tensor:
         columns = base.reshape(base.shape[0], -1).mT
@@ -69,8 +86,8 @@ class PeftBOFT(Family):
     def _stage(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
         """P · blockdiag(Q) · Pᵀ on the rows of (in, out): stage i interleaves the half-blocks of 2^i blocks."""
         d, b, _ = blocks.shape
-        if d % 2**stage:
-            raise ShapeError(f"{d} blocks cannot be taken {2**stage} at a time")
-        order = torch.arange(d * b, device=rows.device).reshape(-1, 2**stage, 2, b // 2).transpose(1, 2).flatten()
+        order = torch.arange(d * b, device=rows.device)
+        if stage:  # the first takes the blocks as they lie, also those of an odd size
+            order = order.reshape(-1, 2**stage, 2, b // 2).transpose(1, 2).flatten()
         gathered = torch.empty_like(rows).index_copy(0, order, rows)
         return torch.einsum("dij,djn->din", blocks, gathered.reshape(d, b, -1)).reshape(rows.shape)[order]

@@ -40,6 +40,8 @@ class DoRALayer(Layer):
 
     def check(self, shape: tuple[int, ...]) -> None:
         super().check(shape)
+        if len(shape) < 2:
+            raise ShapeError(f"DoRA needs rows and columns, the weight has the shape {shape}")
         side, size = ("outputs", shape[0]) if self.on_output else ("inputs", shape[1])
         if self.magnitude.numel() != size:
             raise ShapeError(f"its DoRA magnitude has {self.magnitude.numel()} numbers, the weight {size} {side}")

@@ -59,6 +59,8 @@ class PeftIA3(Family):
 
     def shape(self) -> tuple[int | None, int | None]:
         self.sizes()
+        if not self.vector.ndim:
+            raise ShapeError("ia3_l is one number, where one for each row or column is needed")
         return None, None
 
     def check(self, shape: tuple[int, ...]) -> None:

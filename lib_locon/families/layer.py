@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lib_locon.families.base import Adder, Family
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class Layer:
         """Whether every factor and the scale are numbers. Reads the factors; those on the meta device pass."""
         # cast first: torch knows no isfinite for fp8
         tensors = (tensor.float() for tensor in self.tensors() if not tensor.is_meta)
-        return math.isfinite(self.scale) and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        return abs(self.scale) <= FLOAT32_MAX and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     def delta(self, base: Tensor) -> Tensor:
         """ΔW at strength 1, in the shape, dtype and device of `base` (the pristine weight, fp32)."""

@@ -58,4 +58,4 @@ class TuckerLoHa(LoHa):
     def products(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # core · b is what a plain LoHa's `b` would have been
         down1, down2 = fold_core(self.t1, self.w1_b), fold_core(self.t2, self.w2_b)
-        return self.w1_a.T, down1, self.w2_a.T, down2
+        return matrix(self.w1_a).T, down1, matrix(self.w2_a).T, down2

@@ -95,7 +95,7 @@ class TuckerLoKr(_Kronecker):
     w2_b: Tensor = factor("lokr_w2_b", "r2 d")
 
     def second(self) -> Tensor:
-        return rebuild(self.t2, self.w2_a.T, self.w2_b)
+        return rebuild(self.t2, matrix(self.w2_a).T, self.w2_b)
 
 
 def _missing_half(whole: str, present: Collection[str]) -> list[str]:

@@ -12,6 +12,7 @@ from math import prod
 
 from torch import Tensor
 
+from lib_locon.errors import ShapeError
 from lib_locon.families.base import Family, factor
 from lib_locon.families.shapes import matrix
 from lib_locon.families.tucker import fold_core
@@ -47,11 +48,16 @@ class EmbeddingLoRA(Family):
     a: Tensor = factor("lora_embedding_A", "r out")
     b: Tensor = factor("lora_embedding_B", "n r")
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if len(shape) != 2:
+            raise ShapeError(f"an embedding's factors cannot change a weight of the shape {shape}")
+
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        return self.a.T, self.b.T
+        return matrix(self.a).T, matrix(self.b).T
 
     def delta(self, base: Tensor) -> Tensor:
-        return self.a.T @ self.b.T
+        return matrix(self.a).T @ matrix(self.b).T
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +76,25 @@ class SparseLoRA(LoRA):
     def label(self) -> str:
         return self.name
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if not self.indices.is_meta and any(
+            int(places.max()) >= size for places, size in zip(self._places(), (shape[0], prod(shape[1:])), strict=True)
+        ):
+            raise ShapeError("its residual has numbers outside of the weight")
+
+    def _places(self) -> Tensor:
+        """Rows and columns, (2, nnz)."""
+        # indices are int16 in the file, which wraps above 32767: read as unsigned
+        return matrix(self.indices).long() % 2**16
+
     def low_rank(self) -> None:  # type: ignore[override]  # the sum is of full rank
         return None
 
     def delta(self, base: Tensor) -> Tensor:
         total = matrix(self.up) @ matrix(self.down)
-        # indices are int16 in the file, which wraps above 32767: read as unsigned
-        rows, columns = self.indices.long() % 2**16
-        return total.index_put((rows, columns), self.values, accumulate=True).reshape(base.shape)
+        rows, columns = self._places()
+        return total.index_put((rows, columns), self.values.flatten(), accumulate=True).reshape(base.shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,11 @@ class OutputRotation(Family):
     needs_base = True
     rescale: Tensor | None = factor("rescale", "out", optional=True)
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        super().check(shape)
+        if self.rescale is not None and self.rescale.numel() != shape[0]:
+            raise ShapeError(f"its rescale has {self.rescale.numel()} numbers, the weight {shape[0]} outputs")
+
     def rotate(self, rows: Tensor) -> Tensor:
         """W′ without rescale; `rows` is W as a matrix (out, n)."""
         raise NotImplementedError
@@ -109,6 +114,8 @@ class OldDiagOFT(OutputRotation):
 
     def shape(self) -> tuple[int | None, int | None]:
         sizes = self.sizes()
+        if self.rotation.ndim != 3:
+            raise ShapeError(f"OFT blocks have three axes, not the shape {tuple(self.rotation.shape)}")
         return sizes["k"] * sizes["b"], None
 
     def rotate(self, rows: Tensor) -> Tensor:

@@ -33,6 +33,6 @@ class TLoRA(Family):
 
     def delta(self, base: Tensor) -> Tensor:
         left, values, right = torch.linalg.svd(base, full_matrices=False)
-        rank = self.p.shape[1]
+        rank = matrix(self.p).shape[1]
         start: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
         return (matrix(self.p) * self.strengths.reshape(1, -1)) @ matrix(self.q) - start

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,11 @@ class PeftConfig:
     def scale(self, written: str, rank: int | None) -> float | None:
         """alpha / r (or / √r with rank-stabilised LoRA) for the module `written` in the file; None: not said."""
         settings, module = self._of(written)
-        alpha = _number(_by_pattern(settings.get("alpha_pattern"), module))
+        alpha = _number(_by_pattern(settings.get("alpha_pattern", {}), module))
         if alpha is None:
             alpha = _number(settings.get("lora_alpha", settings.get("alpha")))
-        own = _number(_by_pattern(settings.get("rank_pattern"), module)) or _number(settings.get("r")) or rank
-        if alpha is None or not own:
+        own = _number(_by_pattern(settings.get("rank_pattern", {}), module)) or _number(settings.get("r")) or rank
+        if alpha is None or not own or not own > 0:  # nor where it is NaN
             return None
         return alpha / (math.sqrt(own) if settings.get("use_rslora") else own)
 
@@ -63,10 +62,11 @@ def read_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
     beside = path.with_name(FILE_NAME)
     try:
         if METADATA_KEY in metadata:
-            return PeftConfig(_by_component(_table(metadata[METADATA_KEY])))
+            components = _by_component(_table(metadata[METADATA_KEY]))
+            return PeftConfig({component: _with_patterns(settings) for component, settings in components.items()})
         if beside.is_file():
             with beside.open("rb") as file:
-                return PeftConfig({"": _table(file.read(MAX_BYTES).decode())})
+                return PeftConfig({"": _with_patterns(_table(file.read(MAX_BYTES).decode()))})
     except (OSError, ValueError, RecursionError) as error:
         where = f"metadata {METADATA_KEY}" if METADATA_KEY in metadata else FILE_NAME
         return PeftConfig({}, f"its {where} cannot be read ({error}); scales without an alpha count as 1")
@@ -89,20 +89,28 @@ def _by_component(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def _by_pattern(patterns: object, module: str) -> object:
-    """PEFT's rule: a pattern matches a whole module path or its end, at a dot."""
-    if isinstance(patterns, Mapping):
-        for pattern, value in patterns.items():
-            # compared as text where PEFT would run a regular expression: a file must not choose what we execute
-            if module == pattern or module.endswith(f".{pattern}") or _simple_match(str(pattern), module):
-                return value
-    return None
+def _with_patterns(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**settings, **{name: _patterns(settings.get(name)) for name in ("alpha_pattern", "rank_pattern")}}
 
 
-def _simple_match(pattern: str, module: str) -> bool:
-    """The anchors that PEFT itself writes into patterns (`^name`, `name$`), nothing more."""
-    bare = re.escape(pattern.removeprefix("^").removesuffix("$")).replace(r"\\\.", r"\.")
-    return re.fullmatch(bare if pattern.startswith("^") else rf"(.*\.)?{bare}", module) is not None
+def _patterns(table: object) -> dict[str, tuple[int, object]]:
+    """Pattern → (its place in the file, value), for `_by_pattern`: there may be as many as modules.
+
+    They are compared as text where PEFT would run a regular expression: a file must not choose what we execute. Of its
+    language only what PEFT itself writes is known: `^name`, `name$` and `\\.`.
+    """
+    found: dict[str, tuple[int, object]] = {}
+    for place, (pattern, value) in enumerate(table.items() if isinstance(table, Mapping) else ()):
+        found.setdefault(str(pattern).removesuffix("$").replace("\\.", "."), (place, value))
+    return found
+
+
+def _by_pattern(patterns: Mapping[str, tuple[int, object]], module: str) -> object:
+    """PEFT's rule: a pattern matches a whole module path or its end, at a dot; the first that does is taken."""
+    parts = module.split(".")
+    names = (f"^{module}", *(".".join(parts[i:]) for i in range(len(parts))))
+    found = [patterns[name] for name in names if name in patterns]
+    return min(found, key=lambda item: item[0])[1] if found else None
 
 
 def _is_target(module: str, names: object) -> bool:
@@ -115,4 +123,7 @@ def _is_target(module: str, names: object) -> bool:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    except OverflowError:  # JSON's whole numbers have no limit
+        return None

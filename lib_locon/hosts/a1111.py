@@ -10,6 +10,7 @@ from modules import extra_networks, script_callbacks, shared
 
 from lib_locon.hosts.webui import Webui, log
 from lib_locon.report import Report
+from lib_locon.settings import ALLOW_PICKLE, SETTINGS
 
 _webui = Webui()
 
@@ -26,7 +27,8 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
             _webui.last_report = Report()
             return  # `shared.sd_model` loads a model where there is none: not for a prompt that asks for nothing
         tags = [("lora", [str(item) for item in params.items]) for params in params_list]
-        _webui.use_folders(_folders())
+        allow_pickle = bool(getattr(shared.opts, ALLOW_PICKLE.key, ALLOW_PICKLE.default))
+        _webui.use_folders(_folders(), allow_pickle=allow_pickle)
         _webui.activate(shared.sd_model, tags, getattr(p, "comment", _no_comment))
 
     def deactivate(self, p: Any) -> None:
@@ -39,8 +41,16 @@ def register() -> None:
     # metadata.ini puts ours after it, and app_started is a second chance should another extension come later still
     script_callbacks.on_before_ui(take_over)
     script_callbacks.on_app_started(lambda *_: take_over())
+    script_callbacks.on_ui_settings(add_settings)
     script_callbacks.on_model_loaded(_webui.model_loaded)
     script_callbacks.on_script_unloaded(_webui.release)
+
+
+def add_settings() -> None:
+    """Puts our settings on the host's page. Through add_option: the host restores an overridden one only then."""
+    for setting in SETTINGS:
+        section = ("locon", "LoCon adapters")
+        shared.opts.add_option(setting.key, shared.OptionInfo(setting.default, setting.label, section=section))
 
 
 def last_report() -> Report:

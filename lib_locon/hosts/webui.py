@@ -38,11 +38,12 @@ class Webui:
         """Whether any model holds, or may hold, anything of an adapter."""
         return self.embeddings.active or any(session.engine.active for session in self._sessions.values())
 
-    def use_folders(self, folders: Iterable[Path]) -> None:
-        """Where the host keeps adapters."""
+    def use_folders(self, folders: Iterable[Path], *, allow_pickle: bool) -> None:
+        """Where the host keeps adapters, and whether pickled files count."""
         folders = [folder for folder in folders if folder.is_dir()]
-        if folders != self.library.folders:
-            self.library = Library(folders)
+        if (folders, allow_pickle) != (self.library.folders, self.library.allow_pickle):
+            self.library = Library(folders, allow_pickle=allow_pickle)
+            self.cache = AdapterCache(allow_pickle=allow_pickle)
 
     def activate(self, model: nn.Module, tags: Sequence[Tag], comment: Callable[[str], object]) -> Report:
         """Makes `model` hold the adapters of these tags and no others; each call replaces the one before.

@@ -20,31 +20,41 @@ TILE = 3 << 18
 """Numbers in a tile on the CPU: 3 MiB of fp32. Smaller tiles lose to overhead, larger ones leave the cache."""
 
 
-def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = None) -> Tensor:
-    """A new tensor with the sum, in `dtype` (that of `base` if None); `base` is not changed."""
+def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A new tensor with the sum, in `dtype` (that of `base` if None), and its extremes; `base` is not changed."""
     out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
-    write_sum(out, base, patches)
-    return out
+    return out, write_sum(out, base, patches)
 
 
-def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
+def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor:
     """out ← base + Σ strength · ΔW. Both of one shape and on one device; `base` shares no memory with `out`.
 
     Every ΔW is taken from the pristine base, so that no adapter sees another's work. The order of `patches` is the
-    order of the sum (`make_plan` fixes it).
+    order of the sum (`make_plan` fixes it). Returns the extremes of the sum before its rounding, for `overflows`: on
+    the device, so that looking at those of a whole model waits for a GPU only once.
     """
     with torch.no_grad(), _exact_arithmetic(out.device):
         if out.ndim and out.is_contiguous() and all(_is_rows(patch.view) for patch in patches):
-            _write_rows(out, base.contiguous(), patches)
-        else:
-            _write_views(out, base, patches)
+            return _write_rows(out, base.contiguous(), patches)
+        return _write_views(out, base, patches)
+
+
+def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a sum with these extremes has numbers that `dtype` cannot hold, or NaN. Waits for the device."""
+    return not bool((extremes.abs() <= torch.finfo(dtype).max).all())
+
+
+def _extremes(tile: Tensor) -> Tensor:
+    """(2,): the least and the largest number; NaN where there is one."""
+    least, largest = torch.aminmax(tile)
+    return torch.stack((least, largest))
 
 
 def _is_rows(view: View) -> bool:
     return not view.transposed and (view.length < 0 or view.axis == 0)
 
 
-def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
+def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor:
     """For the few parts that are no rows (a transposed projection, some input channels): whole, not by tiles."""
     pristine = base.to(_working(base))
     total = pristine.clone(memory_format=torch.contiguous_format)
@@ -54,6 +64,7 @@ def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
         patch.delta.adder(source)(_matrix(change), _matrix(source), 0, patch.strength)
         part.add_(change)
     out.copy_(total)
+    return _extremes(total)
 
 
 @dataclass
@@ -66,20 +77,23 @@ class _Range:
     adders: list[tuple[Adder, float]]
 
 
-def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
+def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor:
     target, source, work = _matrix(out), _matrix(base), _working(base)
     rows, columns = target.shape
     ranges = list(_ranges(base, patches, work))
     step = max(1, (TILE if out.device.type == "cpu" else rows * columns) // columns)
     scratch = None if out.dtype == work else torch.empty(min(step, rows), columns, dtype=work, device=out.device)
+    extremes = []
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         tile = target[start:stop] if scratch is None else scratch[: stop - start]
         tile.copy_(source[start:stop])
         for part in ranges:
             _add_range(tile, source, start, stop, part)
+        extremes.append(_extremes(tile))  # while it is in the cache
         if scratch is not None:
             target[start:stop].copy_(tile)
+    return extremes[0] if len(extremes) == 1 else torch.cat(extremes)
 
 
 def _add_range(tile: Tensor, source: Tensor, start: int, stop: int, part: _Range) -> None:

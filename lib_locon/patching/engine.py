@@ -6,7 +6,7 @@ Its promises are in docs/architecture.md; each has a test. State belongs to one 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
-from lib_locon.patching.compute import patched, write_sum
+from lib_locon.patching.compute import overflows, patched, write_sum
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.store import BaseStore
 
@@ -110,10 +110,13 @@ class Engine:
             wanted = {path: tuple(patch.key for patch in patches) for path, patches in plan.items()}
             held = {path: entry.keys for path, entry in self._held.items()}
             changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
-            path = ""
+            path, extremes = "", {}
             try:
                 for path in changed:
-                    self._write(path, plan.get(path, ()))
+                    extremes[path] = self._write(path, plan.get(path, ()))
+                path = self._overflowing(extremes)
+                if path:
+                    raise OverflowError("at these strengths its numbers are beyond those of its dtype")
             except Exception as error:
                 self.restore()
                 what = str(error) or type(error).__name__
@@ -166,26 +169,41 @@ class Engine:
             weight = self._weight(path)
             if entry.untouched(weight) or entry.patches is None:
                 continue
-            ours = patched(self._store.save(path, weight).to(weight.device), entry.patches, entry.dtype)
+            ours = patched(self._store.save(path, weight).to(weight.device), entry.patches, entry.dtype)[0]
             if ours.shape == weight.shape and torch.equal(ours.to(weight.dtype), weight.detach()):
                 self._held[path] = _Held.by(weight, entry.patches)
             else:
                 self._forget(path)
 
-    def _write(self, path: str, patches: Sequence[Patch]) -> None:
+    def _write(self, path: str, patches: Sequence[Patch]) -> Tensor | None:
         weight = self._weight(path)
+        extremes: Tensor | None = None
         with _writing(weight):
             base = self._store.save(path, weight)
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
             self._held[path] = _Held.by(weight, None)
             if patches:
-                write_sum(weight.detach(), base.to(weight.device), patches)
+                extremes = write_sum(weight.detach(), base.to(weight.device), patches)
             else:
                 weight.copy_(base)
         if patches:
             self._held[path] = _Held.by(weight, tuple(patches))
         else:
             self._forget(path)
+        return extremes
+
+    def _overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
+        """The first of these weights whose sum its dtype cannot hold; "" for none. Waits for a GPU once, at the end."""
+        found = {path: values for path, values in extremes.items() if values is not None}
+        for dtype in {self._weight(path).dtype for path in found}:
+            paths = [path for path in found if self._weight(path).dtype == dtype]
+            if overflows(torch.cat([found[path] for path in paths]), dtype):
+                bad = [path for path in paths if overflows(found[path], dtype)]
+                # a checkpoint that has NaN in it was so before: not the adapter's doing, and no reason to refuse it
+                bad = [path for path in bad if torch.isfinite(self._store.save(path, self._weight(path)).float()).all()]
+                if bad:
+                    return bad[0]
+        return ""
 
     def _forget(self, path: str) -> None:
         # the copy first: interrupted in between, the weight counts as held and is looked at again; the other way round

@@ -1,0 +1,44 @@
+"""The extension's settings on the host's page, and what they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from extensions_builtin_shim.launch import ADAPTERS, launch
+from lib_locon.settings import ALLOW_PICKLE, SETTINGS
+
+
+@pytest.fixture
+def webui(tmp_path: Path) -> Iterator[Any]:
+    torch.save(load_file(ADAPTERS / "tiny_lora.safetensors"), tmp_path / "old.pt")
+    running = launch(lora_dir=tmp_path)
+    yield running
+    running.close()
+
+
+def comments(webui: Any) -> str:
+    return str(webui.generate("a circle <lora:old:1>", seed=1, steps=1).comments)
+
+
+def test_every_setting_is_on_the_page_with_its_default_in_data(webui: Any) -> None:
+    from modules import shared
+
+    for setting in SETTINGS:
+        assert shared.opts.data_labels[setting.key].label == setting.label
+        assert shared.opts.data[setting.key] == setting.default  # the host restores an overridden one only then
+
+
+def test_pickled_adapters_are_not_there_until_the_setting_is_on(webui: Any) -> None:
+    from modules import shared
+
+    assert "no adapter 'old'" in comments(webui)
+    shared.opts.set(ALLOW_PICKLE.key, True)
+    assert "old (LoRA) at 1" in comments(webui)
+    shared.opts.set(ALLOW_PICKLE.key, False)
+    assert "no adapter 'old'" in comments(webui)
