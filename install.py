@@ -58,7 +58,10 @@ def prepare(extra: str) -> None:
         return
     print(f"Preparing {VENV} for `{extra}`, once (some minutes; torch is large) …", flush=True)
     if not PYTHON.exists():
-        venv.create(VENV, with_pip=True, clear=VENV.exists())
+        try:
+            venv.create(VENV, with_pip=True, clear=VENV.exists())
+        except (subprocess.CalledProcessError, ImportError):
+            sys.exit("This Python cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv")
     requirements = VENV / f"{extra}.txt"
     requirements.write_text("\n".join(pinned(pins, extra)) + "\n")
     # torch first and alone: with it there, no other package's open range can draw in a larger build of it

@@ -71,6 +71,7 @@ class Rig:
 
     def __init__(self, model: nn.Module, rows: Sequence[str], folder: Path, start: str = "base") -> None:
         self.rows = {name: row_from(name, start) for name in rows}
+        self.model = model  # a session does not keep its model
         self.session = lib_locon.Session(model)
         parameters = dict(model.named_parameters())
         self.touched = [parameters[path] for path in adapters.trained(self.session.table).values()]

@@ -56,10 +56,7 @@ def bake(
     """
     table = checkpoint_table(checkpoint)
     matches = [match(use.adapter, table, partial(unwritable, checkpoint), may_grow=True) for use in uses]
-    reports = [
-        AdapterReport.of(use.name or use.adapter.name, use.strengths, found)
-        for use, found in zip(uses, matches, strict=True)
-    ]
+    reports = [use.report(found) for use, found in zip(uses, matches, strict=True)]
     useless = [report for report in reports if not report.used]
     if useless and not skip_bad:
         raise FileError(f"nothing was written: {useless[0]}")
@@ -138,12 +135,13 @@ def _tensor_bytes(
     if len(buffer) != entry.end - entry.start:
         raise FileError(f"{checkpoint.path} became shorter while it was read")
     base = torch.frombuffer(buffer, dtype=entry.torch_dtype).reshape(entry.shape)
-    if shape != entry.shape:
-        base = torch.nn.functional.pad(base, _padding(entry.shape, shape))
     try:
+        if shape != entry.shape:
+            base = torch.nn.functional.pad(base, _padding(entry.shape, shape))
         new, extremes = patched(base, patches)
-    except (RuntimeError, MemoryError) as error:
-        raise FileError(f"a tensor of the shape {list(shape)} could not be patched: {error}") from error
+    except Exception as error:  # whatever a family's arithmetic meets, the user gets a sentence and no half file
+        what = str(error) or type(error).__name__
+        raise FileError(f"a tensor of the shape {list(shape)} could not be patched: {what}") from error
     if overflows(extremes, new.dtype) and bool(torch.isfinite(base.float()).all()):
         raise FileError(
             f"at these strengths a tensor of the shape {list(shape)} has numbers that {new.dtype} cannot hold"

@@ -15,6 +15,10 @@ class ShapeError(LoconError):
     """Factors that do not fit each other, or a ΔW that does not fit its weight."""
 
 
+class Unusable(LoconError):
+    """Factors of the right shape that cannot be applied to this weight, and why."""
+
+
 class UnknownName(LoconError):
     """A name that is no adapter, or more than one."""
 

@@ -15,6 +15,7 @@ from lib_locon.files.reader import SafetensorsFile
 from lib_locon.matching import match
 from lib_locon.models.base_family import base_family
 from lib_locon.models.table import TargetTable
+from lib_locon.models.targets import View
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def checkpoint_table(checkpoint: SafetensorsFile) -> TargetTable:
     return TargetTable.of_shapes({key: entry.shape for key, entry in checkpoint.entries.items()})
 
 
-def unwritable(checkpoint: SafetensorsFile, path: str) -> str | None:
+def unwritable(checkpoint: SafetensorsFile, view: View, _: object) -> str | None:
     """Why a tensor of a checkpoint cannot hold a sum; None where it can."""
-    entry = checkpoint.entries[path]
+    entry = checkpoint.entries[view.path]
     return None if entry.torch_dtype.is_floating_point else f"the checkpoint stores it as {entry.dtype}"
 
 

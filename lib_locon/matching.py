@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
-from lib_locon.errors import ShapeError
+from lib_locon.errors import ShapeError, Unusable
 from lib_locon.families.layer import Layer
 from lib_locon.families.rows import RowsLayer
 from lib_locon.files.adapter import Adapter, Module, Unmatched
@@ -13,15 +14,13 @@ from lib_locon.models.base_family import base_family, other_family
 from lib_locon.models.table import TargetTable
 from lib_locon.models.targets import Target, View
 
-Unwritable = Callable[[str], "str | None"]
-"""Says why a weight cannot be changed; None where it can."""
+Unwritable = Callable[[View, Layer], "str | None"]
+"""Says why a weight cannot be changed by a layer; None where it can."""
 WRONG_SHAPE = "wrong shape"
+MOST_GROWTH = 16
+"""How many times its size a weight may grow for `reshape_weight`; Flux's tools need 2 to 6."""
 INPAINTING, LATENT = 9, 4
 """Input channels of an inpainting model, and those of them that every other model has too."""
-
-
-class _Unusable(Exception):
-    """Why a layer that may have the right shape cannot be used."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +113,7 @@ def _on_target(module: Module, target: Target, model: _Model) -> tuple[list[Matc
             continue
         try:
             pieces = list(_pieces(layer, views or (), target, model))
-        except _Unusable as reason:
+        except Unusable as reason:
             failed.append(Unmatched(module.name.written, str(reason)))
         except ShapeError as error:
             failed.append(Unmatched(module.name.written, f"{WRONG_SHAPE}: {error}"))
@@ -124,12 +123,12 @@ def _on_target(module: Module, target: Target, model: _Model) -> tuple[list[Matc
 
 
 def _pieces(layer: Layer, views: tuple[View, ...], target: Target, model: _Model) -> Iterator[tuple[View, Layer]]:
-    """The views that the layer changes, each with what of the layer is for it. Raises ShapeError and _Unusable."""
+    """The views that the layer changes, each with what of the layer is for it. Raises ShapeError and Unusable."""
     if not views:
-        raise _Unusable(f"the model's {target.name} has no {layer.parameter}")
+        raise Unusable(f"the model's {target.name} has no {layer.parameter}")
     for view in views:
-        if model.unwritable and (reason := model.unwritable(view.path)):
-            raise _Unusable(reason)
+        if model.unwritable and (reason := model.unwritable(view, layer)):
+            raise Unusable(reason)
     table = model.table
     shapes = [view.shape(table.shapes[view.path]) for view in views]
     if layer.reshape and layer.reshape != shapes[0]:
@@ -149,7 +148,7 @@ def _pieces(layer: Layer, views: tuple[View, ...], target: Target, model: _Model
     else:
         yield from _stacked(layer, views, shapes)
     if not layer.finite():  # last: it reads the factors, which only what fits is worth
-        raise _Unusable("not finite: its numbers are NaN or infinite")
+        raise Unusable("not finite: its numbers are NaN or infinite")
 
 
 def _stacked(layer: Layer, views: tuple[View, ...], shapes: list[tuple[int, ...]]) -> Iterator[tuple[View, Layer]]:
@@ -157,7 +156,7 @@ def _stacked(layer: Layer, views: tuple[View, ...], shapes: list[tuple[int, ...]
     whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     layer.check(whole)
     if layer.needs_base:
-        raise _Unusable(f"{layer.label} on a fused projection needs it whole, and the model holds it in parts")
+        raise Unusable(f"{layer.label} on a fused projection needs it whole, and the model holds it in parts")
     start = 0
     for view, shape in zip(views, shapes, strict=True):
         yield view, RowsLayer.of(layer, whole, start, shape[0])
@@ -167,9 +166,11 @@ def _stacked(layer: Layer, views: tuple[View, ...], shapes: list[tuple[int, ...]
 def _check_growth(layer: Layer, shapes: list[tuple[int, ...]], model: _Model) -> None:
     asked = " × ".join(map(str, layer.reshape))
     if not model.may_grow:
-        raise _Unusable(f"it needs its weight enlarged to {asked}, which `bake` can do and a loaded model cannot")
+        raise Unusable(f"it needs its weight enlarged to {asked}, which `bake` can do and a loaded model cannot")
     if len(shapes) > 1 or len(layer.reshape) != len(shapes[0]) or any(map(int.__lt__, layer.reshape, shapes[0])):
         raise ShapeError(f"it asks for a weight of {asked}, which does not hold the {shapes[0]} that are there")
+    if prod(layer.reshape) > MOST_GROWTH * prod(shapes[0]):
+        raise Unusable(f"it asks for a weight of {asked}, more than {MOST_GROWTH} times what is there")
     layer.check(layer.reshape)
 
 

@@ -201,7 +201,8 @@ def test_a_fault_at_any_operation_leaves_the_base(
 ) -> None:
     base = weights(model)
     old, new = plan(1), plan(2, (*PATHS[1:], "fused.weight"))
-    other = Engine(zoo(torch.float16))
+    like = zoo(torch.float16)
+    other = Engine(like)
     other.apply(old)
     total = operations(lambda: other.apply(new))
     assert total > 3 * len(new)

@@ -50,11 +50,6 @@ def test_a_tag_is_read_by_the_rules(tag: str) -> None:
     assert not parsed.warnings
 
 
-def test_the_unwritten_strength_is_the_default() -> None:
-    strengths = [request.strengths for request in parse_prompt("<lora:a><lora:a:unet=1><lora:a:1>", 0.6).requests]
-    assert strengths == [(0.6, 0.6), (0.6, 1), (1, 1)]
-
-
 def test_several_tags_in_order_and_the_same_one_twice() -> None:
     parsed = parse_prompt("<lora:b:1>x<lyco:a:2><lora:b:1>")
     assert [request.name for request in parsed.requests] == ["b", "a", "b"]

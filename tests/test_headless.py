@@ -173,16 +173,6 @@ def test_builtin_answers_without_us(started: Launch, builtin: dict[str, Path]) -
     assert run.adapters == ()
 
 
-def test_metadata_alone_takes_over(started: Launch, builtin: dict[str, Path]) -> None:
-    """Fact: "Two ways that held": before app_started, metadata.ini has put us behind the built-in already."""
-    from modules import script_callbacks
-
-    started(builtin=builtin)
-    names = [known.name for known in script_callbacks.ordered_callbacks("before_ui")]
-    assert len(names) == 2
-    assert names[1] == "lora/lora_script.py/before_ui"
-
-
 def test_app_started_alone_takes_over(started: Launch, builtin: dict[str, Path], tmp_path: Path) -> None:
     """Fact: "or registering in `on_app_started`": also where metadata.ini is missing or names the file wrongly."""
     root = tmp_path / "ours"

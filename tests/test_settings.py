@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from extensions_builtin_shim.launch import ADAPTERS, launch
-from lib_locon.settings import ALLOW_PICKLE, SETTINGS
+from lib_locon.settings import ALLOW_PICKLE, SETTINGS, SIDE_PATH
 
 
 @pytest.fixture
@@ -42,3 +42,27 @@ def test_pickled_adapters_are_not_there_until_the_setting_is_on(webui: Any) -> N
     assert "old (LoRA) at 1" in comments(webui)
     shared.opts.set(ALLOW_PICKLE.key, False)
     assert "no adapter 'old'" in comments(webui)
+
+
+def test_the_side_path_gives_the_same_image_and_writes_no_weight(webui: Any, tmp_path: Path) -> None:
+    from modules import shared
+
+    def weights() -> dict[str, bytes]:
+        return {name: weight.detach().numpy().tobytes() for name, weight in shared.sd_model.named_parameters()}
+
+    def image(prompt: str) -> bytes:
+        pixels: bytes = webui.generate(prompt, seed=1, steps=4).image.tobytes()
+        return pixels
+
+    (tmp_path / "new.safetensors").write_bytes((ADAPTERS / "tiny_locon.safetensors").read_bytes())
+    with_adapter = "a circle <lora:new:0.5>"
+    plain, base, merged = image("a circle"), weights(), image(with_adapter)
+    assert merged != plain
+    assert weights() != base
+    shared.opts.set(SIDE_PATH.key, True)
+    beside = image(with_adapter)
+    assert max(abs(a - b) for a, b in zip(merged, beside, strict=True)) <= 1
+    assert weights() == base
+    assert any(module._forward_hooks for module in shared.sd_model.modules())
+    assert image("a circle") == plain
+    assert not any(module._forward_hooks for module in shared.sd_model.modules())

@@ -31,7 +31,7 @@ class ExtensionMetadata:
         self.config = configparser.ConfigParser()
         with errors.reported(f"Error reading metadata.ini for extension {name}."):
             self.config.read(path / "metadata.ini", encoding="utf8")
-        self.canonical_name = self.config.get("Extension", "Name", fallback=name).lower().strip()
+        self.canonical_name = name.lower().strip()  # the host reads [Extension] Name and then does not use it
 
     def names(self, section: str, field: str) -> tuple[str, ...]:
         """A field's entries, with commas or blanks between them."""

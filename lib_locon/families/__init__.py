@@ -51,7 +51,5 @@ UNSUPPORTED: dict[str, str] = {
     "fourierft_spectrum": "FourierFT",
     "lora_E": "AdaLoRA",
     "ranknum": "AdaLoRA",
-    "lora_w1_a": "ABBA",
-    "abba_a1": "ABBA",
 }
 """Suffixes of families that are known by name and cannot be applied, so that a report can say which it is."""

@@ -23,6 +23,11 @@ F = TypeVar("F", bound="Family")
 Adder: TypeAlias = Callable[[Tensor, Tensor, int, float], None]
 
 
+def working_dtype(base: Tensor) -> torch.dtype:
+    """In which ΔW of this weight is made: fp32, and fp64 for the rare weight that is stored so."""
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
+
+
 def factor(suffix: str, shape: str, *, optional: bool = False) -> Any:
     """A tensor of a family: `suffix` follows the module's name in the file, `shape` is in the language of `shapes`."""
     metadata = {"suffix": suffix, "shape": shape}
@@ -56,6 +61,8 @@ class Family:
     """Whether alpha / rank (or a configuration's scale) is a factor of it."""
     needs_base: ClassVar[bool] = False
     """Whether ΔW depends on the values of the weight that it changes."""
+    truncates: ClassVar[bool] = False
+    """Whether it has a first part of its ranks to keep (`truncated`)."""
     optional: ClassVar[bool] = False
     """Whether a model may lack the parameter without anything being wrong."""
 

@@ -43,6 +43,9 @@ class Hints:
 
 def build_layers(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[list[Layer], list[Unread]]:
     """The layers that one module's tensors (suffix → tensor, without alpha) make, and what is left over."""
+    foreign = [suffix for suffix in tensors if suffix in UNSUPPORTED]
+    if foreign:  # what remains of such a module may look like a family that is read, and mean something else
+        return [], [Unread(suffix, f"{UNSUPPORTED[foreign[0]]} is not supported") for suffix in tensors]
     left = dict(tensors)
     if hints.alpha is not None:
         left[ALPHA] = torch.tensor(hints.alpha)  # a family may read it in its own way (OFT's constraint)
@@ -129,8 +132,6 @@ def _magnitude_side(layer: Layer, suffix: str, magnitude: Tensor, hints: Hints) 
 
 
 def _why_unread(suffix: str, present: Mapping[str, Tensor]) -> str:
-    if suffix in UNSUPPORTED:
-        return f"{UNSUPPORTED[suffix]} is not supported"
     kinds = [kind for kind in FAMILIES if suffix in kind.suffixes()]
     if not kinds:
         return f"no known family has a factor {suffix!r}"

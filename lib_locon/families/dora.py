@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lib_locon.errors import ShapeError
-from lib_locon.families.base import Adder
+from lib_locon.families.base import Adder, working_dtype
 from lib_locon.families.layer import Layer
 from lib_locon.families.shapes import matrix
 
@@ -74,9 +73,9 @@ class DoRALayer(Layer):
         kernel = rows.shape[1] // base.shape[1]
         squares = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
         for start in range(0, len(rows), STRIP):
-            merged = merge(rows[start : start + STRIP].to(_working(base)), start)
+            merged = merge(rows[start : start + STRIP].to(working_dtype(base)), start)
             squares += merged.square_().view(len(merged), -1, kernel).sum((0, 2), dtype=torch.float64)
-        factors = self._factors(squares.sqrt().to(_working(base))).repeat_interleave(kernel)
+        factors = self._factors(squares.sqrt().to(working_dtype(base))).repeat_interleave(kernel)
 
         def add(total: Tensor, part: Tensor, start: int, strength: float) -> None:
             pristine = part.to(total.dtype)
@@ -88,7 +87,7 @@ class DoRALayer(Layer):
         """(pristine rows as a matrix, their first row's number) → the rows of M, a new tensor."""
         factors = super().low_rank(base.device)
         if factors is not None:
-            up, down = (factor.to(_working(base)) for factor in factors)
+            up, down = (factor.to(working_dtype(base)) for factor in factors)
             return lambda rows, start: torch.addmm(rows, up[start : start + len(rows)], down)
         inner = super().adder(base)
 
@@ -111,10 +110,6 @@ class DoRALayer(Layer):
         return None
 
 
-def _working(base: Tensor) -> torch.dtype:
-    return torch.float64 if base.dtype == torch.float64 else torch.float32
-
-
 def magnitude_side(magnitude: Tensor) -> bool | None:
     """True where the shape says output rows, (out, 1, …); False for input columns, (1, in, 1, …); None: either."""
     size = magnitude.numel()
@@ -122,4 +117,4 @@ def magnitude_side(magnitude: Tensor) -> bool | None:
         return None
     if magnitude.shape[0] == size:
         return True
-    return False if magnitude.shape[1] == size and prod(magnitude.shape[:1]) == 1 else None
+    return False if magnitude.shape[1] == size and magnitude.shape[0] == 1 else None

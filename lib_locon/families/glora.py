@@ -36,7 +36,7 @@ class GLoRA(Family):
     def delta(self, base: Tensor) -> Tensor:
         a_left, a_right, b_left, b_right = self._factors()
         # W·A works on the input channels alone, at each position of the kernel
-        wa = torch.einsum("oik,ir,rj->ojk", base.flatten(2) if base.ndim > 2 else base[..., None], a_left, a_right)
+        wa = torch.einsum("oik,ir,rj->ojk", base.reshape(*base.shape[:2], -1), a_left, a_right)
         return wa.reshape(base.shape) + (b_left @ b_right).reshape(base.shape)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lib_locon.errors import ShapeError
+from lib_locon.errors import ShapeError, Unusable
 from lib_locon.families.base import Family, factor
 
 
@@ -92,7 +92,7 @@ class PeftIA3(Family):
             return size == columns
         stated = self._stated_side()
         if stated is None:
-            raise ShapeError("its side is ambiguous; PEFT's adapter_config.json beside the file would tell")
+            raise Unusable("its side is ambiguous; PEFT's adapter_config.json beside the file would tell")
         return stated
 
 

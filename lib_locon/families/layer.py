@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib_locon.families.base import Adder, Family
+from lib_locon.families.base import Adder, Family, working_dtype
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -64,7 +64,7 @@ class Layer:
 
     def adder(self, base: Tensor) -> Adder:
         """What adds ΔW by rows (see `Family.adder`); `base` is the whole pristine weight in its own dtype."""
-        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        dtype = working_dtype(base)
         # a family that only looks at the base's shape gets no copy of it in fp32
         whole = base.to(dtype) if self.needs_base else base.new_zeros((), dtype=dtype).expand(base.shape)
         add = self.family.to(base.device, dtype).adder(whole)

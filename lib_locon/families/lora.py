@@ -23,6 +23,7 @@ class LoRA(Family):
     """Plain low-rank product, for linear layers and (as LoCon) for convolutions."""
 
     name = "LoRA"
+    truncates = True
     up: Tensor = factor("lora_up.weight", "out r")
     down: Tensor = factor("lora_down.weight", "r n")
 

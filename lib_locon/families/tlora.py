@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_locon.errors import ShapeError
+from lib_locon.errors import Unusable
 from lib_locon.families.base import Family, factor
 from lib_locon.families.shapes import matrix
 
@@ -27,9 +27,9 @@ class TLoRA(Family):
     strengths: Tensor = factor("lambda_layer", "one r")
 
     def check(self, shape: tuple[int, ...]) -> None:
-        super().check(shape)
         if len(shape) != 2:
-            raise ShapeError("T-LoRA on a convolution has no single meaning and is not applied")
+            raise Unusable("T-LoRA on a convolution has no single meaning and is not applied")
+        super().check(shape)
 
     def delta(self, base: Tensor) -> Tensor:
         left, values, right = torch.linalg.svd(base, full_matrices=False)

@@ -13,7 +13,7 @@ from lib_locon.errors import FileError
 from lib_locon.families import ALPHA, RESHAPE, SCALE
 from lib_locon.families.build import Hints, Unread, build_layers
 from lib_locon.families.layer import Layer
-from lib_locon.files.dialects import ModuleName, module_name, split_key
+from lib_locon.files.dialects import ModuleName, is_peft, module_name, split_key
 from lib_locon.files.embeddings import PREFIX, Embedding, read_embeddings
 from lib_locon.files.hints import dora_side, rank_of
 from lib_locon.files.peft_config import PeftConfig, read_config
@@ -72,7 +72,9 @@ class _Source:
     hints: Hints
 
     def tensor(self, key: str) -> Tensor:
-        tensor: Tensor = self.file.meta(key) if self.header_only else self.data.get_tensor(key)
+        """With the header only: its shape. Else a copy: a view of the mapped file would change with the file, and end
+        the whole process when a trainer cuts the file short to write it anew."""
+        tensor: Tensor = self.file.meta(key) if self.header_only else self.data.get_tensor(key).clone()
         return tensor
 
     def number(self, key: str) -> float | None:
@@ -92,11 +94,11 @@ def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: b
     """Reads and parses an adapter; factors stay in the file's dtype. Raises FileError.
 
     With `header_only` no tensor's data is read but alphas: enough to inspect a file of any size at once. Pickled files
-    (.pt, .ckpt) are refused without `allow_pickle`; docs/architecture.md says what it allows.
+    (.pt, .ckpt) are refused without `allow_pickle`; `files/pickled.py` says what it allows.
     """
     file = open_adapter(path, allow_pickle)
     grouped, unknown = _group(file)
-    config = read_config(file.path, file.metadata)
+    config = read_config(file.path, file.metadata, any(is_peft(key) for key in file.entries))
     hints = dora_side(file.metadata, [file.meta(key) for key in file.entries if key.endswith(".dora_scale")])
     with file.tensors() as data:
         source = _Source(file, data, header_only, config, hints)
@@ -107,7 +109,7 @@ def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: b
     if not embeddings and not any(module.layers for module in modules):
         raise FileError(_nothing_found(file, modules))
     notes = dict.fromkeys(layer.note for module in modules for layer in module.layers)
-    sentences = tuple(note for note in (config.problem, *notes) if note)
+    sentences = tuple(note for note in (config.note, *notes) if note)
     return Adapter(file.path.stem, file.identity, file.metadata, modules, tuple(unknown), embeddings, sentences)
 
 

@@ -24,8 +24,8 @@ SUFFIX_ALIASES: Mapping[str, str] = {
 }
 _SUFFIXES: Mapping[str, str] = {**{suffix: suffix for suffix in (*SUFFIXES, *UNSUPPORTED)}, **SUFFIX_ALIASES}
 _LONGEST = max(suffix.count(".") for suffix in _SUFFIXES) + 1
-_WITH_ADAPTER_NAME = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
-"""PEFT puts the adapter's name (`default`) behind these when it is told to leave it in."""
+_PEFT = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector", "oft_R", "boft_", "ia3_l", "hada_w", "lokr_w")
+"""How PEFT's parameters begin. It puts the adapter's name (`default`) behind them when it is told to leave it in."""
 _HALVES = {"up.weight": "lora_up.weight", "down.weight": "lora_down.weight"}
 """Old diffusers: `…processor.to_q_lora.up.weight` is the `to_q` beside the processor."""
 XLABS = {
@@ -137,12 +137,17 @@ def _attention_processor(segments: list[str]) -> tuple[str, str] | None:
 
 
 def _named_adapter(segments: list[str]) -> tuple[str, str] | None:
-    """`<module>.lora_A.<adapter>[.weight]`."""
-    end = len(segments) - (segments[-1] == "weight")
-    if end >= 3 and segments[end - 2] in _WITH_ADAPTER_NAME:
-        spelled = ".".join([segments[end - 2], *segments[end:]])
-        return ".".join(segments[: end - 2]), _SUFFIXES.get(spelled, spelled)
-    return None
+    """`<module>.lora_A.<adapter>.weight`, `<module>.hada_w1_a.<adapter>`."""
+    at = next((i for i in range(1, len(segments) - 1) if segments[i].startswith(_PEFT)), None)
+    if at is None:
+        return None
+    spelled = ".".join([segments[at], *segments[at + 2 :]])
+    return (".".join(segments[:at]), _SUFFIXES[spelled]) if spelled in _SUFFIXES else None
+
+
+def is_peft(key: str) -> bool:
+    """Whether a file's key is in PEFT's own spelling."""
+    return key.startswith("base_model.model.") or any(part.startswith(_PEFT[:4]) for part in key.split("."))
 
 
 def module_name(written: str) -> ModuleName:

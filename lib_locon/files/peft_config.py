@@ -15,18 +15,19 @@ from typing import Any
 
 from torch import Tensor, tensor
 
+from lib_locon.files.reader import CONFIG_NAME
+
 METADATA_KEY = "lora_adapter_metadata"
-FILE_NAME = "adapter_config.json"
 MAX_BYTES = 1 << 20
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """Settings by component ("" for a file of one component). `problem` is a sentence where it could not be read."""
+    """Settings by component ("" for a file of one component). `note` is a sentence for the report."""
 
     settings: Mapping[str, Mapping[str, Any]]
-    problem: str = ""
+    note: str = ""
 
     def scale(self, written: str, rank: int | None) -> float | None:
         """alpha / r (or / √r with rank-stabilised LoRA) for the module `written` in the file; None: not said."""
@@ -57,18 +58,22 @@ class PeftConfig:
         return self.settings.get(component, self.settings.get("", {})), module
 
 
-def read_config(path: Path, metadata: Mapping[str, str]) -> PeftConfig:
-    """The configuration that belongs to the adapter at `path`; an empty one where there is none. Never raises."""
-    beside = path.with_name(FILE_NAME)
+def read_config(path: Path, metadata: Mapping[str, str], by_peft: bool) -> PeftConfig:
+    """The configuration that belongs to the adapter at `path`; an empty one where there is none. Never raises.
+
+    One beside the file counts only when the file is `by_peft`: in a folder of many adapters it is another's.
+    """
+    beside = path.with_name(CONFIG_NAME)
     try:
         if METADATA_KEY in metadata:
             components = _by_component(_table(metadata[METADATA_KEY]))
             return PeftConfig({component: _with_patterns(settings) for component, settings in components.items()})
-        if beside.is_file():
+        if by_peft and beside.is_file():
             with beside.open("rb") as file:
-                return PeftConfig({"": _with_patterns(_table(file.read(MAX_BYTES).decode()))})
+                table = _with_patterns(_table(file.read(MAX_BYTES).decode()))
+            return PeftConfig({"": table}, f"read with the {CONFIG_NAME} beside it")
     except (OSError, ValueError, RecursionError) as error:
-        where = f"metadata {METADATA_KEY}" if METADATA_KEY in metadata else FILE_NAME
+        where = f"metadata {METADATA_KEY}" if METADATA_KEY in metadata else CONFIG_NAME
         return PeftConfig({}, f"its {where} cannot be read ({error}); scales without an alpha count as 1")
     return PeftConfig({})
 

@@ -31,6 +31,8 @@ DTYPES: dict[str, torch.dtype] = {
     }.items()
     if hasattr(torch, attribute)
 }  # fmt: skip
+CONFIG_NAME = "adapter_config.json"
+"""What PEFT writes beside an adapter; `peft_config` reads it."""
 MAX_HEADER = 32_000_000
 """Bytes. Ten times any real one; Python needs some 20 bytes for each of these, so it also bounds the memory."""
 MAX_AXES = 64
@@ -46,11 +48,12 @@ _KNOWN_STARTS = (
 
 
 class FileIdentity(NamedTuple):
-    """Changes when the file does: caches are keyed by it."""
+    """Changes when the file does, or the configuration beside it: caches are keyed by it."""
 
     path: str
     size: int
     mtime_ns: int
+    config_ns: int = 0
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
@@ -61,7 +64,11 @@ class FileIdentity(NamedTuple):
             raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
             raise FileError(f"{path} cannot be read: it is no file but a pipe or a device")  # a pipe would never end
-        return cls(str(path.resolve()), found.st_size, found.st_mtime_ns)
+        try:
+            config_ns = path.with_name(CONFIG_NAME).stat().st_mtime_ns
+        except (OSError, ValueError):
+            config_ns = 0
+        return cls(str(path.resolve()), found.st_size, found.st_mtime_ns, config_ns)
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ class SafetensorsFile:
 
     @contextmanager
     def tensors(self) -> Iterator[Any]:
-        """An open view of the data with `.get_tensor(key)`; tensors stay valid after it is closed."""
+        """An open view of the data; `.get_tensor(key)` shares the file's memory, so copy what is to stay."""
         if FileIdentity.of(self.path) != self.identity:
             raise FileError(f"{self.path} has changed since its header was read; try again")
         try:

@@ -10,7 +10,7 @@ from modules import extra_networks, script_callbacks, shared
 
 from lib_locon.hosts.webui import Webui, log
 from lib_locon.report import Report
-from lib_locon.settings import ALLOW_PICKLE, SETTINGS
+from lib_locon.settings import ALLOW_PICKLE, BASE_STORE, SETTINGS, SIDE_PATH, Setting
 
 _webui = Webui()
 
@@ -27,9 +27,10 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
             _webui.last_report = Report()
             return  # `shared.sd_model` loads a model where there is none: not for a prompt that asks for nothing
         tags = [("lora", [str(item) for item in params.items]) for params in params_list]
-        allow_pickle = bool(getattr(shared.opts, ALLOW_PICKLE.key, ALLOW_PICKLE.default))
-        _webui.use_folders(_folders(), allow_pickle=allow_pickle)
-        _webui.activate(shared.sd_model, tags, getattr(p, "comment", _no_comment))
+        _webui.use_folders(_folders(), allow_pickle=bool(_value(ALLOW_PICKLE)))
+        _webui.side_path = bool(_value(SIDE_PATH))
+        _webui.base_store = str(_value(BASE_STORE))
+        _webui.activate(shared.sd_model, tags, getattr(p, "comment", _no_comment), _checkpoint(shared.sd_model))
 
     def deactivate(self, p: Any) -> None:
         """The weights stay patched: the next run's `activate` changes them, or finds them right and has no work."""
@@ -37,9 +38,9 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
 
 def register() -> None:
     """Hooks into the host's start-up. To be called at each load of the scripts ("Reload UI" runs them again)."""
-    # the host empties its registry after the scripts are loaded and lets the built-in register in before_ui:
-    # metadata.ini puts ours after it, and app_started is a second chance should another extension come later still
-    script_callbacks.on_before_ui(take_over)
+    # the host empties its registry after the scripts are loaded and lets the built-in register in before_ui; an order
+    # among those callbacks can be asked for in metadata.ini only under the folder's name, which the user may choose.
+    # app_started comes after all of them, at each start and after each "Reload UI", and before the first image
     script_callbacks.on_app_started(lambda *_: take_over())
     script_callbacks.on_ui_settings(add_settings)
     script_callbacks.on_model_loaded(_webui.model_loaded)
@@ -51,6 +52,17 @@ def add_settings() -> None:
     for setting in SETTINGS:
         section = ("locon", "LoCon adapters")
         shared.opts.add_option(setting.key, shared.OptionInfo(setting.default, setting.label, section=section))
+
+
+def _value(setting: Setting) -> object:
+    value: object = getattr(shared.opts, setting.key, setting.default)
+    return value if not setting.choices or value in setting.choices else setting.default
+
+
+def _checkpoint(model: Any) -> Path | None:
+    """The file that a model was loaded from, as the host remembers it."""
+    name = getattr(getattr(model, "sd_checkpoint_info", None), "filename", None)
+    return Path(name) if isinstance(name, str) else None
 
 
 def last_report() -> Report:

@@ -10,8 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from lib_locon.errors import LoconError
+from lib_locon.files.pristine import CheckpointSource
+from lib_locon.files.reader import SafetensorsFile
 from lib_locon.hosts.embeddings import BundledEmbeddings
 from lib_locon.library import Library
+from lib_locon.models.checkpoint_keys import checkpoint_keys
+from lib_locon.patching.store import PristineSource, policy_named
 from lib_locon.prompt.grammar import Parsed, parse_tag
 from lib_locon.prompt.request import Problem
 from lib_locon.report import Report
@@ -29,6 +33,8 @@ class Webui:
     def __init__(self) -> None:
         self.library = Library([])
         self.cache = AdapterCache()
+        self.side_path = False
+        self.base_store = "auto"
         self.embeddings = BundledEmbeddings()
         self.last_report = Report()
         self._sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -36,7 +42,7 @@ class Webui:
     @property
     def active(self) -> bool:
         """Whether any model holds, or may hold, anything of an adapter."""
-        return self.embeddings.active or any(session.engine.active for session in self._sessions.values())
+        return self.embeddings.active or any(session.active for session in self._sessions.values())
 
     def use_folders(self, folders: Iterable[Path], *, allow_pickle: bool) -> None:
         """Where the host keeps adapters, and whether pickled files count."""
@@ -45,8 +51,12 @@ class Webui:
             self.library = Library(folders, allow_pickle=allow_pickle)
             self.cache = AdapterCache(allow_pickle=allow_pickle)
 
-    def activate(self, model: nn.Module, tags: Sequence[Tag], comment: Callable[[str], object]) -> Report:
+    def activate(
+        self, model: nn.Module, tags: Sequence[Tag], comment: Callable[[str], object], checkpoint: Path | None = None
+    ) -> Report:
         """Makes `model` hold the adapters of these tags and no others; each call replaces the one before.
+
+        `checkpoint` is the file that the model came from, for weights that can be read back from it.
 
         Says under the image (`comment`) and in the log what it did. Never raises for bad input, and the host would
         swallow what it raised: where the set as a whole fails, the model holds its base and the comment says so.
@@ -57,10 +67,15 @@ class Webui:
         uses, missing = resolve(parsed.requests, self.library, self.cache)
         problems = [*parsed.bad, *missing]
         try:
-            report = self.session(model).apply(uses)
-        except LoconError as error:
+            session = self.session(model, checkpoint)
+            session.side_path = self.side_path
+            session.engine.store.policy = policy_named(self.base_store)
+            report = session.apply(uses)
+        except Exception as error:
+            if not isinstance(error, LoconError):
+                log.exception("an error in sd-webui-locon itself")
             report = Report()
-            uses, problems = [], [*problems, Problem(f"no adapter is in this image: {error}")]
+            uses, problems = [], [*problems, Problem(f"no adapter is in this image: {error or type(error).__name__}")]
         problems += map(Problem, self.embeddings.use([use.adapter for use in uses], model))
         self.last_report = report = Report(report.adapters, tuple(problems), report.written, tuple(parsed.warnings))
         for line in report.lines():
@@ -71,11 +86,12 @@ class Webui:
             log.warning("%s", problem)
         return report
 
-    def session(self, model: nn.Module) -> Session:
-        """The model's session, made at its first use."""
+    def session(self, model: nn.Module, checkpoint: Path | None = None) -> Session:
+        """The model's session, made at its first use, and again after the host loaded weights into the model."""
         session = self._sessions.get(model)
         if session is None:
             session = self._sessions[model] = Session(model)
+            session.engine.store.source = _source(session, checkpoint)
         return session
 
     def model_loaded(self, model: nn.Module) -> None:
@@ -89,3 +105,13 @@ class Webui:
         for session in list(self._sessions.values()):
             session.restore()
         self._sessions.clear()
+
+
+def _source(session: Session, checkpoint: Path | None) -> PristineSource | None:
+    """The checkpoint file as a place to read weights back from; None for a pickled one, or where there is none."""
+    try:
+        file = SafetensorsFile(checkpoint) if checkpoint is not None else None
+        return CheckpointSource(file, checkpoint_keys(session.table.shapes, file.entries)) if file else None
+    except LoconError as error:
+        log.info("weights will be copied to RAM: %s", error)
+        return None

@@ -32,11 +32,19 @@ ROOTS: tuple[tuple[str, str], ...] = (
     ("text_encoder_3.", "te3"),
 )
 """Where the host (and a checkpoint file) keeps the parts of a model."""
+_OF_A_HOST = (
+    *(root for root, _ in ROOTS if root.startswith(("model.", "cond_stage_model.", "conditioner.", "text_encoders."))),
+    "transformer.transformer_blocks.",
+    "transformer.single_transformer_blocks.",
+    "text_encoder.",
+    "unet.",
+)
+"""What only a whole Stable Diffusion model has."""
 _REFINER = "conditioner.embedders.0.model."
 """SDXL's refiner has the second text encoder only, in the first place."""
 WHOLE = "model"
 """The component of a module that has none of these parts: a bare UNet, or any network at all."""
-_WRAPPERS = frozenset({"wrapped", "_orig_mod"})
+WRAPPERS = frozenset({"wrapped", "_orig_mod"})
 """Levels that the host's hijack and torch.compile put between a module and its name."""
 Views = Mapping[str, tuple[View, ...]]
 
@@ -145,20 +153,33 @@ def _spellings(name: str) -> Iterator[str]:
 def _components(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[str, Views]]]:
     """Component → module name inside it → (module name in the model, its parameters)."""
     found: dict[str, dict[str, tuple[str, dict[str, tuple[View, ...]]]]] = {}
+    roots = _roots(shapes)
     for path in shapes:
         name, _, parameter = path.rpartition(".")
-        component, body = _place(name)
+        component, body = _place(name, roots)
         _, views = found.setdefault(component, {}).setdefault(body, (name, {}))
         views[parameter] = (View(path),)
-    known = [component for component in found if component != WHOLE]
-    # beside known parts, the rest of a model (decoder, noise schedules, averages) is nothing that adapters name
-    return {component: dict(found[component]) for component in (known or found)}
+    if roots == ROOTS and len(found) > 1:
+        # beside a whole model's parts, the rest (decoder, noise schedules, averages) is nothing that adapters name
+        found.pop(WHOLE, None)
+    return {component: dict(modules) for component, modules in found.items()}
 
 
-def _place(module: str) -> tuple[str, str]:
+def _roots(shapes: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """The roots that mean something in this model: `transformer.` is a common name in networks of any kind."""
+    if any(_plain(path).startswith(_OF_A_HOST) for path in shapes):
+        return ROOTS
+    return tuple(pair for pair in ROOTS if pair[0] != "transformer.")
+
+
+def _plain(name: str) -> str:
+    return ".".join(level for level in name.split(".") if level not in WRAPPERS)
+
+
+def _place(module: str, roots: Iterable[tuple[str, str]]) -> tuple[str, str]:
     """(component, name inside it) of a module by its dotted name in the model."""
-    name = ".".join(level for level in module.split(".") if level not in _WRAPPERS)
-    for root, component in ROOTS:
+    name = _plain(module)
+    for root, component in roots:
         if f"{name}.".startswith(root):
             return "te2" if f"{name}.".startswith(_REFINER) else component, name[len(root) :]
     return WHOLE, name

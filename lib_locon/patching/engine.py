@@ -6,6 +6,7 @@ Its promises are in docs/architecture.md; each has a test. State belongs to one 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from lib_locon.errors import PatchError
 from lib_locon.patching.compute import overflows, patched, write_sum
 from lib_locon.patching.plan import Patch, Plan
-from lib_locon.patching.store import BaseStore
+from lib_locon.patching.storage import cannot_hold, decode, encode
+from lib_locon.patching.store import BaseLost, BaseStore, same_bits
 
 SAMPLE = 16  # numbers by which a weight is recognised where torch does not count the writes into it
 
@@ -61,16 +63,17 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        # weakly: whoever keeps an engine for each model must not keep the models alive by it
+        self._owners: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
         self._tied: dict[str, str] = {}
         first: dict[int, str] = {}
         for prefix, module in model.named_modules():
             for name, weight in module._parameters.items():
                 path = f"{prefix}.{name}" if prefix else name
-                self._owners[path] = (module, name)
+                self._owners[path] = (weakref.ref(module), name)
                 # one parameter under several names has one base: it goes by the first
                 self._tied[path] = first.setdefault(id(weight), path)
-        self._store = BaseStore()
+        self.store = BaseStore()
         self._held: dict[str, _Held] = {}
         self._lock = threading.RLock()
 
@@ -82,16 +85,7 @@ class Engine:
     @property
     def base_bytes(self) -> int:
         """Memory taken by copies of pristine weights."""
-        return self._store.nbytes
-
-    def unwritable(self, path: str) -> str | None:
-        """Why the parameter at `path` cannot hold a sum; None where it can."""
-        weight = self._weight(path)
-        if weight.is_meta:
-            return "the model's weight has no data (meta device)"
-        if not weight.is_floating_point():
-            return f"the model's weight is stored as {weight.dtype}".replace("torch.", "")
-        return None
+        return self.store.nbytes
 
     def unchanged(self) -> bool:
         """Whether every weight still holds what was last written into it, and nothing was left half done."""
@@ -142,7 +136,7 @@ class Engine:
                         self._restore_one(path, failed)
                 except KeyboardInterrupt as error:
                     interrupt = error
-            self._store.keep(failed)
+            self.store.keep(failed)
         if interrupt is not None:
             raise interrupt
         if failed:
@@ -153,8 +147,12 @@ class Engine:
     def _restore_one(self, path: str, failed: dict[str, Exception]) -> None:
         try:
             self._write(path, ())
+        except BaseLost as error:
+            failed[path] = error  # nothing was written
         except Exception as error:  # noqa: BLE001  the others must get their base back, whatever is wrong with this one
-            if torch.equal(self._weight(path).detach().cpu(), self._store.save(path, self._weight(path))):
+            weight = self._weight(path)
+            base = self.store.save(path, weight).to(weight.device)
+            if base.dtype == weight.dtype and same_bits(weight.detach(), base):
                 self._forget(path)  # it cannot be written, and never was
             else:
                 failed[path] = error
@@ -169,7 +167,14 @@ class Engine:
             weight = self._weight(path)
             if entry.untouched(weight) or entry.patches is None:
                 continue
-            ours = patched(self._store.save(path, weight).to(weight.device), entry.patches, entry.dtype)[0]
+            try:
+                base = self.store.save(path, weight).to(weight.device)
+            except BaseLost:
+                if entry.weight == id(weight) and not weight.is_inference():
+                    self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
+                continue
+            ours = torch.empty_like(base, dtype=entry.dtype)
+            self._write_sum(path, ours, base, entry.patches)
             if ours.shape == weight.shape and torch.equal(ours.to(weight.dtype), weight.detach()):
                 self._held[path] = _Held.by(weight, entry.patches)
             else:
@@ -179,11 +184,11 @@ class Engine:
         weight = self._weight(path)
         extremes: Tensor | None = None
         with _writing(weight):
-            base = self._store.save(path, weight)
+            base = self.store.save(path, weight)
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
             self._held[path] = _Held.by(weight, None)
             if patches:
-                extremes = write_sum(weight.detach(), base.to(weight.device), patches)
+                extremes = self._write_sum(path, weight.detach(), base.to(weight.device), patches)
             else:
                 weight.copy_(base)
         if patches:
@@ -191,6 +196,15 @@ class Engine:
         else:
             self._forget(path)
         return extremes
+
+    def _write_sum(self, path: str, out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor | None:
+        """The sum into `out`, and its extremes; a weight of 8 bits is read and rounded as its module says."""
+        module, name = self._owner(path)
+        if cannot_hold(module, name) is None:
+            return write_sum(out, base, patches)
+        total, _ = patched(decode(module, name, base), patches, torch.float32)
+        out.copy_(encode(module, name, total, out.dtype))  # kept within its range: nothing can overflow
+        return None
 
     def _overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
         """The first of these weights whose sum its dtype cannot hold; "" for none. Waits for a GPU once, at the end."""
@@ -200,7 +214,7 @@ class Engine:
             if overflows(torch.cat([found[path] for path in paths]), dtype):
                 bad = [path for path in paths if overflows(found[path], dtype)]
                 # a checkpoint that has NaN in it was so before: not the adapter's doing, and no reason to refuse it
-                bad = [path for path in bad if torch.isfinite(self._store.save(path, self._weight(path)).float()).all()]
+                bad = [path for path in bad if torch.isfinite(self.store.save(path, self._weight(path)).float()).all()]
                 if bad:
                     return bad[0]
         return ""
@@ -208,7 +222,7 @@ class Engine:
     def _forget(self, path: str) -> None:
         # the copy first: interrupted in between, the weight counts as held and is looked at again; the other way round
         # a stale copy would be taken for its base one day
-        self._store.drop(path)
+        self.store.drop(path)
         self._held.pop(path, None)
 
     def _untied(self, plan: Plan) -> Plan:
@@ -220,9 +234,16 @@ class Engine:
 
     def _weight(self, path: str) -> Tensor:
         # looked up each time: `.to()` and load_state_dict may put another tensor in the parameter's place
-        module, name = self._owners[path]
+        module, name = self._owner(path)
         weight: Tensor = getattr(module, name)
         return weight
+
+    def _owner(self, path: str) -> tuple[nn.Module, str]:
+        reference, name = self._owners[path]
+        module = reference()
+        if module is None:
+            raise PatchError(f"the module that held {path} is gone; make a new Session for the model")
+        return module, name
 
 
 def _writing(weight: Tensor) -> AbstractContextManager[object]:

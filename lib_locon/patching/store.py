@@ -25,6 +25,15 @@ from lib_locon.patching.memory import Scratch, allocate
 Policy: TypeAlias = Literal["auto", "checkpoint", "ram", "device"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
+
+def policy_named(name: str) -> Policy:
+    """A policy by its name. Raises ValueError."""
+    for known in POLICIES:
+        if known == name:
+            return known
+    raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, not {name!r}")
+
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -106,9 +115,7 @@ class BaseStore:
     """
 
     def __init__(self, policy: Policy = "auto", source: PristineSource | None = None) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, not {policy!r}")
-        self.policy: Policy = policy
+        self.policy: Policy = policy_named(policy)
         self.source = source
         self._copies: dict[str, Tensor] = {}
         self._reads: dict[str, _ReadBack] = {}
@@ -131,7 +138,7 @@ class BaseStore:
         try:
             return read.read(self._scratch)
         except FileError as error:
-            return self._loaded_again(path, weight, read, error)
+            return self._loaded_again(path, weight, error)
 
     def drop(self, path: str) -> None:
         """Forgets a weight that holds its base again."""
@@ -192,14 +199,12 @@ class BaseStore:
         self._reads[path] = read
         return base
 
-    def _loaded_again(self, path: str, weight: Tensor, lost: _ReadBack, error: FileError) -> Tensor:
+    def _loaded_again(self, path: str, weight: Tensor, error: FileError) -> Tensor:
         """The way out after a base was lost: the host loaded a checkpoint, and the weight is what that file has."""
-        if self.source is not None and self.source is not lost.source:
-            try:
-                return self._proved(path, weight)
-            except FileError:
-                pass
-        raise BaseLost(f"the base of {path} is lost ({error}); load the checkpoint again") from error
+        try:
+            return self._proved(path, weight)
+        except FileError:
+            raise BaseLost(f"the base of {path} is lost ({error}); load the checkpoint again") from error
 
     def _free_if_idle(self) -> None:
         if not self._reads:

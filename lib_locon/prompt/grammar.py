@@ -28,21 +28,21 @@ class Parsed:
     warnings: list[Problem] = field(default_factory=list)
 
 
-def parse_prompt(prompt: str, default: float = 1.0) -> Parsed:
-    """Reads the tags of `KINDS` out of `prompt`; other tags stay in the text. `default` is the unwritten strength."""
+def parse_prompt(prompt: str) -> Parsed:
+    """Reads the tags of `KINDS` out of `prompt`; other tags stay in the text."""
     parsed = Parsed("")
 
     def take(match: re.Match[str]) -> str:
         if match[1] not in KINDS:
             return match[0]
-        parse_tag(match[1], match[2].split(":"), parsed, default)
+        parse_tag(match[1], match[2].split(":"), parsed)
         return ""
 
     parsed.text = _TAG.sub(take, prompt)
     return parsed
 
 
-def parse_tag(kind: str, items: Sequence[str], into: Parsed, default: float = 1.0) -> None:
+def parse_tag(kind: str, items: Sequence[str], into: Parsed) -> None:
     """Adds one tag to `into`. `items` are its arguments, split at the colons, the adapter's name first."""
     tag = f"<{kind}:{':'.join(items)}>"
     starts = _starts(kind, items)
@@ -58,7 +58,7 @@ def parse_tag(kind: str, items: Sequence[str], into: Parsed, default: float = 1.
         if key not in PLACES:
             into.warnings.append(Problem(f"{item!r} is not understood and was ignored", tag, start))
     try:
-        into.requests.append(_request(items[0] if items else "", values, default))
+        into.requests.append(_request(items[0] if items else "", values))
     except _Bad as bad:
         into.bad.append(Problem(bad.message, tag, starts[0] if bad.start is None else bad.start))
 
@@ -69,10 +69,10 @@ class _Bad(Exception):
     start: int | None = None
 
 
-def _request(name: str, values: dict[str, tuple[str, int]], default: float) -> Request:
+def _request(name: str, values: dict[str, tuple[str, int]]) -> Request:
     if not name.strip():
         raise _Bad("the tag names no adapter; it was skipped")
-    te = _number(*values["te"]) if "te" in values else default
+    te = _number(*values["te"]) if "te" in values else 1.0
     unet = _number(*values["unet"]) if "unet" in values else te
     return Request(name.strip(), Strengths(te, unet), _rank(*values["dyn"]) if "dyn" in values else None)
 

@@ -1,0 +1,85 @@
+"""Several branches on the same part of one layer, run together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lib_locon.families.branch_of import branch_of, has_branch
+from lib_locon.families.branches import Branch, LowRank
+from lib_locon.families.convolve import apply_pointwise, apply_weight, per_group
+
+__all__ = ["Combined", "combine", "has_branch"]
+Kind = tuple[torch.device, torch.dtype]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """The branches for one device and dtype. The low-rank ones stand side by side: one `down` for all of them."""
+
+    down: Tensor | None
+    ups: tuple[Tensor, ...]
+    """One for each low-rank branch; in fp32 where there are several, which strengths have yet to be put into."""
+    others: tuple[Branch, ...]
+
+
+class Combined:
+    """Σ strength · branch, the low-rank ones as one product. Immutable, but for what it converted once and keeps."""
+
+    def __init__(self, branches: Sequence[Branch], strengths: Sequence[float], ready: dict[Kind, _Ready]) -> None:
+        self._branches = tuple(branches)
+        self._low = [i for i, branch in enumerate(branches) if isinstance(branch, LowRank)]
+        self._rest = [i for i in range(len(branches)) if i not in self._low]
+        self._strengths = tuple(strengths)
+        self._ready = ready
+        self._ups: dict[Kind, Tensor] = {}
+
+    def with_strengths(self, strengths: Sequence[float]) -> Combined:
+        """The same at other strengths; no factor is read or converted again."""
+        return Combined(self._branches, strengths, self._ready)
+
+    def run(self, x: Tensor, layer: nn.Module) -> list[tuple[Tensor, float]]:
+        """Tensors in the dtype of `x`, each with the number it is to be multiplied by: their sum is the change."""
+        kind = (x.device, x.dtype)
+        ready = self._ready.get(kind)
+        if ready is None:
+            ready = self._ready[kind] = self._made_ready(*kind)
+        found = []
+        if ready.down is not None:
+            hidden = apply_weight(x, layer, per_group(ready.down, layer))
+            alone = self._strengths[self._low[0]] if len(self._low) == 1 else 1.0
+            found.append((apply_pointwise(hidden, layer, self._up(ready, kind)), alone))
+        for i, branch in zip(self._rest, ready.others, strict=True):
+            found.append((branch.run(x, layer), self._strengths[i]))
+        return found
+
+    def _made_ready(self, device: torch.device, dtype: torch.dtype) -> _Ready:
+        others = tuple(self._branches[i].to(device, dtype) for i in self._rest)
+        if not self._low:
+            return _Ready(None, (), others)
+        wide = torch.promote_types(dtype, torch.float32) if len(self._low) > 1 else dtype
+        low = [branch.to(device, wide) for branch in self._branches if isinstance(branch, LowRank)]
+        down = torch.cat([branch.down.to(dtype) for branch in low])
+        return _Ready(down, tuple(branch.up for branch in low), others)
+
+    def _up(self, ready: _Ready, kind: Kind) -> Tensor:
+        """(out, all ranks) with the strengths in it, rounded once; as it is where one strength serves for all."""
+        if len(ready.ups) == 1:
+            return ready.ups[0]
+        up = self._ups.get(kind)
+        if up is None:
+            parts = [self._strengths[i] * part for i, part in zip(self._low, ready.ups, strict=True)]
+            up = self._ups[kind] = torch.cat(parts, 1).to(kind[1])
+        return up
+
+
+def combine(layers: Sequence[object], strengths: Sequence[float]) -> Combined:
+    """Σ strength · branch of the layers; raises ValueError for one that has no branch (ask `has_branch`)."""
+    branches = [branch_of(layer) for layer in layers]
+    found = [branch for branch in branches if branch is not None]
+    if len(found) != len(branches):
+        raise ValueError("a layer whose ΔW needs the base weight cannot run beside it")
+    return Combined(found, strengths, {})

@@ -1,0 +1,161 @@
+"""Reading a model's pristine weights back from its checkpoint file, while users do with that file what they like.
+
+Read, not mapped. A mapped file that is cut short (`wget -O`, `cp` over it) or whose network drive goes away kills the
+whole process (SIGBUS; an access violation on Windows), and Windows lets nobody replace a mapped file. Reads give an
+error instead, cost the same (20 GB/s from the page cache into a buffer that is used again), and can be checked: the
+file's identity is compared after each, and a change before it or during it shows.
+
+Replaced or deleted: except on Windows one handle stays open as long as the source lives, so that what was opened can
+still be read, whatever has its name by now (its disk space is given back, and its drive can be unmounted, when the
+source is gone). On Windows an open handle would keep the user from replacing the file: there it is opened for each
+read, and a file that was replaced is an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lib_locon.errors import FileError
+from lib_locon.files.reader import Entry, SafetensorsFile
+
+TILE = 1 << 20  # numbers that are cast at a time: a few MiB that stay in the cache
+SETTLED = 2_000_000_000
+"""Nanoseconds: the coarsest clock of a file system (FAT's). A file written less than this ago may be written again
+with no change of its time."""
+
+
+class _Identity(NamedTuple):
+    """By handle, not by name: on Windows `os.stat` and `os.fstat` may tell different devices for one file.
+
+    No ctime: it changes when the file is renamed or deleted, too, and its numbers do not.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: FileIO) -> _Identity:
+        found = os.fstat(file.fileno())
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+class CheckpointSource:
+    """The tensors of one safetensors file by the model's parameter paths. Safe for several threads.
+
+    `names` maps a path to the file's key (see `models.checkpoint_keys`); a wrong one does no harm, since the store
+    compares before it relies on it. Raises FileError where the file is not the one whose header was read.
+    """
+
+    def __init__(self, file: SafetensorsFile, names: Mapping[str, str], *, hold: bool = os.name != "nt") -> None:
+        self.path: Path = file.path.absolute()  # the host may change its directory
+        self._entries: Mapping[str, Entry] = {p: file.entries[key] for p, key in names.items() if key in file.entries}
+        self._lock = threading.Lock()
+        self._held: FileIO | None = None
+        opened = self._open()
+        try:
+            self._identity = _Identity.of(opened)
+            if (self._identity.size, self._identity.mtime_ns) != (file.identity.size, file.identity.mtime_ns):
+                raise FileError(f"{self.path} has changed since its header was read; try again")
+            if hold:
+                self._held = opened
+                weakref.finalize(self, opened.close)
+        finally:
+            if self._held is None:
+                opened.close()
+        self._settled = False
+
+    def read(self, path: str, out: Tensor) -> None:
+        """Fills `out` (contiguous, on the CPU) with the weight, cast to its dtype. Raises FileError; then undefined."""
+        entry = self._entries.get(path)
+        if entry is None:
+            raise FileError("the checkpoint file has no such weight")
+        if entry.shape != tuple(out.shape):
+            raise FileError("the checkpoint file has the weight in another shape")
+        with self._lock, self._opened() as file:
+            try:
+                _read(file, entry, out)
+                self._check(file)  # after it: so a change that came while reading is seen as well as one before
+            except (OSError, EOFError) as error:
+                why = getattr(error, "strerror", None) or error
+                raise FileError(f"{self.path} cannot be read: {why}") from error
+
+    def unchanged(self) -> bool:
+        """Whether the name still stands for the same file, unwritten, and a write from now on would show in its time.
+
+        Stricter than what `read` asks for: weights that rely on a file that was replaced go on reading it, but no
+        other weight is to begin with that.
+        """
+        try:
+            with self._open() as file:  # by opening: a network drive asks its server only then
+                same = _Identity.of(file) == self._identity
+        except (FileError, OSError):
+            return False
+        # once settled, always: the system's clock may be set back, and then a base would seem lost
+        self._settled = self._settled or abs(time.time_ns() - self._identity.mtime_ns) >= SETTLED
+        return same and self._settled
+
+    def _check(self, file: FileIO) -> None:
+        if _Identity.of(file) != self._identity:
+            raise FileError(f"{self.path} has changed since it was loaded")
+
+    def _open(self) -> FileIO:
+        try:
+            return FileIO(self.path)
+        except OSError as error:
+            raise FileError(f"{self.path} cannot be read: {error.strerror or error}") from error
+
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        with self._open() if self._held is None else nullcontext(self._held) as file:
+            yield file
+
+
+def _read(file: FileIO, entry: Entry, out: Tensor) -> None:
+    if entry.torch_dtype == out.dtype:
+        _fill(file, entry.start, out)
+    else:
+        _read_cast(file, entry, out)
+
+
+def _read_cast(file: FileIO, entry: Entry, out: Tensor) -> None:
+    """By tiles: no second tensor of the weight's size."""
+    flat, dtype = out.view(-1), entry.torch_dtype
+    buffer = torch.empty(min(TILE, flat.numel()), dtype=dtype, device="cpu")
+    for first in range(0, flat.numel(), TILE):
+        part = buffer[: flat.numel() - first]
+        _fill(file, entry.start + first * dtype.itemsize, part)
+        target = flat[first : first + TILE]
+        target.copy_(part)
+        # torch's vector and scalar code give a NaN different bits: which one it meets depends on its place and on the
+        # number of threads, so it would not be the same each time (fp8 has no isnan: there the other side tells)
+        if bool((part if dtype.itemsize > 1 else target.float()).isnan().any()):
+            raise FileError("the checkpoint file has a NaN in the weight, in another dtype")
+
+
+def _fill(file: FileIO, start: int, out: Tensor) -> None:
+    """Bytes from `start` on into `out`, contiguous. Raises EOFError where the file ends before."""
+    if not out.nbytes:
+        return
+    # torch gives no writable buffer without numpy, which is no dependency here; `out` outlives the view
+    view = memoryview((ctypes.c_ubyte * out.nbytes).from_address(out.data_ptr()))
+    file.seek(start)
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise EOFError("it has been cut short")
+        done += count

@@ -1,0 +1,182 @@
+"""How a weight is stored: whether it can hold a sum, what its numbers stand for, and by which way a ΔW reaches it.
+
+Knows no quantiser by name: it looks at dtypes and at what the module itself keeps beside the weight.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lib_locon.models.targets import View
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FP8 = frozenset(
+    dtype
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if (dtype := getattr(torch, name, None)) is not None
+)
+PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+SCALES = ("scale_weight", "weight_scale")
+"""What modules call the number, or the column of numbers, that their 8-bit weight is to be multiplied by."""
+_READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+Way: TypeAlias = Literal["merge", "side", "requantise"]
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way of a ΔW into one weight, and why it is not the ordinary one. No path: it cannot be used, and why."""
+
+    path: Way | None
+    reason: str = ""
+
+
+def which_path(
+    module: nn.Module, name: str, view: View, *, branch: bool, parent: nn.Module | None = None, side: bool = False
+) -> Route:
+    """For the parameter `name` of `module`: merge where it can hold the sum, else beside it, else requantised.
+
+    `branch` says whether the ΔW can run beside the weight; `side`, that the user wants so wherever it can.
+    """
+    why_not_merge = cannot_hold(module, name)
+    if why_not_merge is None and not (side and branch):
+        return Route("merge")
+    why_not_side = cannot_hook(module, name, view, parent)
+    if branch and why_not_side is None:
+        return Route("side", why_not_merge or "asked for")
+    if why_not_merge is None:
+        return Route("merge", str(why_not_side))
+    if can_requantise(module, name):
+        return Route("requantise", why_not_merge)
+    beside = why_not_side or "this kind of adapter needs the weight itself"
+    return Route(None, f"{why_not_merge}, and {beside}")
+
+
+def cannot_hold(module: nn.Module, name: str) -> str | None:
+    """Why the parameter cannot hold base + ΔW without loss, as half a sentence; None where it can."""
+    weight: Tensor = getattr(module, name)
+    if weight.is_meta:
+        return "the model's weight has no data (meta device)"
+    if type(weight) not in (nn.Parameter, Tensor) or hasattr(weight, "quant_state"):
+        return f"the model's weight is stored in a form of its own ({type(weight).__name__})"
+    if weight.dtype not in PLAIN:
+        return f"the model's weight is stored as {str(weight.dtype).removeprefix('torch.')}"
+    if any(getattr(module, scale, None) is not None for scale in SCALES) and name == "weight":
+        return "the model's weight is stored with a scale beside it"
+    return "the model's weight is read-only" if _read_only(weight) else None
+
+
+def cannot_hook(module: nn.Module, name: str, view: View, parent: nn.Module | None = None) -> str | None:
+    """Why nothing can run beside the module for this part of its parameter; None where it can."""
+    kind = type(module).__name__
+    if kind == "NonDynamicallyQuantizableLinear" or isinstance(parent, _READ_DIRECTLY):
+        return f"its {type(parent).__name__ if parent else 'attention'} reads the weight without running the layer"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "its layer is a compiled script"
+    if name not in ("weight", "bias") or not (isinstance(module, CONVS) or _is_linear(module)):
+        return f"nothing can run beside {name} of a {kind}"
+    if view.transposed:
+        return "the model holds it the other way round"
+    if view.length >= 0 and isinstance(module, CONVS) and module.groups > 1:
+        return "it is for a part of a grouped convolution"
+    return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
+
+
+def _read_only(weight: Tensor) -> bool:
+    """Whether a write would fail: numbers that share memory among themselves, or memory that the system protects."""
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        return True
+    storage = weight.untyped_storage()
+    owned = not hasattr(storage, "resizable") or storage.resizable()  # by torch, which allocates to write
+    return not owned and weight.device.type == "cpu" and weight.numel() > 0 and _protected(weight.data_ptr())
+
+
+def _protected(address: int) -> bool:
+    # a write into a file mapped for reading only would end the process, so torch is not asked to try
+    if not sys.platform.startswith("linux"):
+        return False
+    for line in Path("/proc/self/maps").read_text(encoding="utf8", errors="replace").splitlines():
+        span, rights, *_ = line.split(maxsplit=2)
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            return "w" not in rights
+    return False
+
+
+def can_requantise(module: nn.Module, name: str) -> bool:
+    """Whether `decode` and `encode` know what the stored numbers stand for."""
+    weight: Tensor = getattr(module, name)
+    if weight.is_meta or type(weight) not in (nn.Parameter, Tensor) or hasattr(weight, "quant_state"):
+        return False
+    if tuple(weight.shape) != logical_shape(module, name) or _read_only(weight):
+        return False
+    scaled = _scale(module, name) is not None
+    return weight.dtype in FP8 or (scaled and weight.dtype in (torch.int8, *PLAIN))
+
+
+def decode(module: nn.Module, name: str, stored: Tensor) -> Tensor:
+    """What `stored`, the parameter's pristine numbers, stands for; a plain weight is returned as it is.
+
+    Where the host keeps the weight as it was before it was rounded to 8 bits (`fp16_weight`), that is the better base.
+    """
+    kept = getattr(module, f"fp16_{name}", None)
+    if stored.dtype in FP8 and isinstance(kept, Tensor) and kept.shape == stored.shape:
+        return kept.to(stored.device)
+    scale = _scale(module, name)
+    return stored if scale is None else stored.float() * scale.to(stored.device, torch.float32)
+
+
+def encode(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers to store for `value` (fp32), in the parameter's dtype: rounded once, and kept within its range."""
+    scale = _scale(module, name)
+    if scale is not None:
+        value = value / scale.to(value.device, torch.float32)
+    if dtype in FP8:
+        limit = torch.finfo(dtype).max  # beyond it torch makes NaN of a number, or infinity, by version
+        value = value.clamp(-limit, limit)
+    elif dtype == torch.int8:
+        value = value.round().clamp(-127, 127)
+    return value.to(dtype)
+
+
+def _scale(module: nn.Module, name: str) -> Tensor | None:
+    if name != "weight":
+        return None
+    scale = next((found for attribute in SCALES if (found := getattr(module, attribute, None)) is not None), None)
+    if not isinstance(scale, Tensor) or scale.numel() == 1 or scale.ndim > 1:
+        return scale if isinstance(scale, Tensor) else None
+    return scale.reshape(-1, *(1 for _ in logical_shape(module, name)[1:]))  # one number for each output
+
+
+def logical_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Of the parameter as adapters mean it: packed 4-bit weights have another shape than the matrix in them."""
+    weight: Tensor = getattr(module, name)
+    shape = tuple(weight.shape)
+    if name == "weight" and weight.dtype not in PLAIN and not isinstance(module, CONVS) and _is_linear(module):
+        return int(getattr(module, "out_features", 0)), int(getattr(module, "in_features", 0))
+    if name == "weight" and weight.dtype not in PLAIN and isinstance(module, CONVS):
+        packed = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+        return shape if prod(shape) == prod(packed) else packed
+    return shape
+
+
+def logical_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """By the parameter's path, for a table of names."""
+    return {
+        f"{prefix}.{name}" if prefix else name: logical_shape(module, name)
+        for prefix, module in model.named_modules()
+        for name, weight in module._parameters.items()
+        if weight is not None
+    }
