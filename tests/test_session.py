@@ -96,3 +96,32 @@ print(lib_locon.Session(model).apply([lib_locon.Use(adapter)]).adapters[0].used)
     adapter(tmp_path, "small")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "dora"])
+def test_what_the_host_chose_for_its_images_does_not_reach_the_sum(tmp_path: Path, kind: str) -> None:
+    path, generator = tmp_path / "a.safetensors", torch.Generator().manual_seed(1)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    pair = {"lora_up.weight": rand(8, 3), "lora_down.weight": rand(3, 6)}
+    factors = {
+        "lora": pair,
+        "loha": {"hada_w1_a": rand(8, 3), "hada_w1_b": rand(3, 6), "hada_w2_a": rand(8, 3), "hada_w2_b": rand(3, 6)},
+        "dora": {**pair, "dora_scale": rand(8, 1)},
+    }[kind]
+    save_file({f"linear.{suffix}": tensor for suffix, tensor in factors.items()}, path)
+    one = model()
+    session, a = lib_locon.Session(one), lib_locon.load(path)
+    session.apply([lib_locon.Use(a)])
+    plain = one["linear"].weight.detach().clone()
+    session.restore()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            session.apply([lib_locon.Use(a)])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(one["linear"].weight, plain)

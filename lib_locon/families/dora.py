@@ -71,11 +71,11 @@ class DoRALayer(Layer):
         merge = self._merger(base)
         rows = matrix(base)
         kernel = rows.shape[1] // base.shape[1]
-        squares = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
+        squares = torch.zeros(base.shape[1], dtype=working_dtype(base), device=base.device)
         for start in range(0, len(rows), STRIP):
             merged = merge(rows[start : start + STRIP].to(working_dtype(base)), start)
-            squares += merged.square_().view(len(merged), -1, kernel).sum((0, 2), dtype=torch.float64)
-        factors = self._factors(squares.sqrt().to(working_dtype(base))).repeat_interleave(kernel)
+            squares += merged.square_().view(len(merged), -1, kernel).sum((0, 2))
+        factors = self._factors(squares.sqrt()).repeat_interleave(kernel)
 
         def add(total: Tensor, part: Tensor, start: int, strength: float) -> None:
             pristine = part.to(total.dtype)

@@ -7,7 +7,6 @@ weight written once, and no ΔW of the weight's size is made. The low-rank patch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lib_locon.models.targets import View
 from lib_locon.patching.plan import Adder, Patch
+from lib_locon.patching.precision import exact_arithmetic
 
 TILE = 3 << 18
 """Numbers in a tile on the CPU: 3 MiB of fp32. Smaller tiles lose to overhead, larger ones leave the cache."""
@@ -33,7 +33,7 @@ def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor:
     order of the sum (`make_plan` fixes it). Returns the extremes of the sum before its rounding, for `overflows`: on
     the device, so that looking at those of a whole model waits for a GPU only once.
     """
-    with torch.no_grad(), _exact_arithmetic(out.device):
+    with torch.no_grad(), exact_arithmetic(out.device.type):
         if out.ndim and out.is_contiguous() and all(_is_rows(patch.view) for patch in patches):
             return _write_rows(out, base.contiguous(), patches)
         return _write_views(out, base, patches)
@@ -136,15 +136,3 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _working(base: Tensor) -> torch.dtype:
     """In which the sum is made: fp32, and fp64 for the rare weight that is stored so."""
     return torch.float64 if base.dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def _exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """Full fp32 products, whatever the host chose for its images: TF32 keeps 10 bits, autocast computes in half."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

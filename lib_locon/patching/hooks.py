@@ -7,7 +7,6 @@ rounding. Where several products meet, they are added in fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
 from lib_locon.patching.plan import Patch
+from lib_locon.patching.precision import without_autocast
 from lib_locon.patching.storage import CONVS
 
 
@@ -88,7 +88,7 @@ class Hook:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise PatchError(f"a {type(module).__name__} gave no tensor of numbers: nothing can run beside it")
         x = args[0] if args else next(iter(kwargs.values()))
-        with _as_given(output.device.type):
+        with without_autocast(output.device.type):  # the layer has run, and its output says in which dtype
             return _added(module, x.to(output.device, output.dtype), output, terms)
 
 
@@ -119,8 +119,3 @@ def _is_rows(view: View) -> bool:
 
 def _channel_axis(x: Tensor, module: nn.Module) -> int:
     return x.ndim - 1 - (len(module.kernel_size) if isinstance(module, CONVS) else 0)
-
-
-def _as_given(device: str) -> AbstractContextManager[object]:
-    """Without autocast: the layer has run, and its output says in which dtype."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
