@@ -81,10 +81,10 @@ def test_cases_are_complete_and_sound() -> None:
         assert ("scale" in case.config) == scaled_by_peft, case.name
 
 
-def test_first_issue_has_the_plain_families_only() -> None:
-    families = {case.family for case in select(issue=1)}
+def test_the_first_tier_has_the_plain_families_only() -> None:
+    families = {case.family for case in select(tier=1)}
     assert families == {"lora", "tucker", "loha", "loha_tucker", "lokr"}
-    assert {case.family for case in select(issue=1, source="peft")} == {"lora"}
+    assert {case.family for case in select(tier=1, source="peft")} == {"lora"}
 
 
 def test_only_square_cases_are_square() -> None:

@@ -1,4 +1,4 @@
-"""The stand-in behaves as the host does. Each docstring quotes the fact of `a1111-host.md` that the test reproduces."""
+"""The stand-in behaves as the webui v1.10.1 does. Each docstring quotes the fact about it that the test reproduces."""
 
 from __future__ import annotations
 

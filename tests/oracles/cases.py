@@ -30,7 +30,7 @@ class Case:
     bias_delta   what the library adds to the layer's bias, ``(out,)``, or None where it leaves the bias alone
     config       what the tensors do not tell. Keys in use: ``scale`` (peft: alpha and r live in the config),
                  ``use_cayley_neumann``, ``feedforward``, ``base_bias`` (bias that a multiplicative family needs)
-    issue        1: LoRA, LoCon, Tucker, LoHa, LoKr by LyCORIS, and plain PEFT LoRA; 2: all the rest
+    tier         1: LoRA, LoCon, Tucker, LoHa, LoKr by LyCORIS, and plain PEFT LoRA; 2: all the rest
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case:
     delta: Tensor
     bias_delta: Tensor | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    issue: int = 1
+    tier: int = 1
 
     def prefixed(self, module: str) -> Tensors:
         """The tensors under file keys: ``<module>.<suffix>``."""
@@ -77,7 +77,7 @@ def all_cases() -> tuple[Case, ...]:
 
 
 def select(
-    issue: int | None = None,
+    tier: int | None = None,
     family: str | Iterable[str] | None = None,
     kind: str | None = None,
     source: str | None = None,
@@ -87,7 +87,7 @@ def select(
     return [
         case
         for case in all_cases()
-        if (issue is None or case.issue == issue)
+        if (tier is None or case.tier == tier)
         and (families is None or case.family in families)
         and (kind is None or case.kind == kind)
         and (source is None or case.source == source)

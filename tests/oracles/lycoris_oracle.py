@@ -136,7 +136,7 @@ class Spec:
     groups: int = 1
     std: float = 0.4
     expects: frozenset[str] = frozenset()
-    issue: int = 1
+    tier: int = 1
 
     @property
     def name(self) -> str:
@@ -187,7 +187,7 @@ def build(spec: Spec) -> Built:
         base=base.float(),
         delta=weight.detach().clone(),
         bias_delta=None if bias is None else bias.detach().clone(),
-        issue=spec.issue,
+        tier=spec.tier,
     )
     return Built(spec, case, module, host)
 
@@ -313,7 +313,7 @@ def dora_specs() -> Iterator[Spec]:
             options = {**wd, **options}  # noqa: B023 - used within this turn of the loop
             variant = f"{axis}_square" if size[0] == size[1] else axis  # noqa: B023
             return Spec(
-                family, variant, kind, cls, by_decomposition, rank, options=options, out=size[0], inp=size[1], issue=2
+                family, variant, kind, cls, by_decomposition, rank, options=options, out=size[0], inp=size[1], tier=2
             )
 
         for kind in WEIGHT_KINDS:
@@ -332,20 +332,20 @@ def dora_specs() -> Iterator[Spec]:
 
 def dense_specs() -> Iterator[Spec]:
     for kind in WEIGHT_KINDS:
-        yield Spec("full", "plain", kind, FullModule, by_diff, expects=frozenset({"diff", "diff_b"}), issue=2)
+        yield Spec("full", "plain", kind, FullModule, by_diff, expects=frozenset({"diff", "diff_b"}), tier=2)
         for side, on_input in (("output", False), ("input", True)):
-            yield Spec("ia3", side, kind, IA3Module, by_diff, options={"train_on_input": on_input}, issue=2)
-        yield Spec("glora", "new", kind, GLoRAModule, by_diff, issue=2)
+            yield Spec("ia3", side, kind, IA3Module, by_diff, options={"train_on_input": on_input}, tier=2)
+        yield Spec("glora", "new", kind, GLoRAModule, by_diff, tier=2)
     for kind in ("layernorm", "groupnorm"):
-        yield Spec("norm", "plain", kind, NormModule, by_diff, expects=frozenset({"w_norm", "b_norm"}), issue=2)
+        yield Spec("norm", "plain", kind, NormModule, by_diff, expects=frozenset({"w_norm", "b_norm"}), tier=2)
     for side, on_input in (("output_square", False), ("input_square", True)):
         for kind in ("linear", "conv2d_3x3"):
             options = {"train_on_input": on_input}
-            yield Spec("ia3", side, kind, IA3Module, by_diff, options=options, out=12, inp=12, issue=2)
-    yield Spec("glora", "use_scalar", "linear", GLoRAModule, by_diff, options={"use_scalar": True}, issue=2)
-    yield Spec("glora", "square", "linear", GLoRAModule, by_diff, out=12, inp=12, issue=2)
-    yield Spec("tlora", "principal", "linear", TLoraModule, by_diff, issue=2)
-    yield Spec("tlora", "principal_square", "linear", TLoraModule, by_diff, out=12, inp=12, issue=2)
+            yield Spec("ia3", side, kind, IA3Module, by_diff, options=options, out=12, inp=12, tier=2)
+    yield Spec("glora", "use_scalar", "linear", GLoRAModule, by_diff, options={"use_scalar": True}, tier=2)
+    yield Spec("glora", "square", "linear", GLoRAModule, by_diff, out=12, inp=12, tier=2)
+    yield Spec("tlora", "principal", "linear", TLoraModule, by_diff, tier=2)
+    yield Spec("tlora", "principal_square", "linear", TLoraModule, by_diff, out=12, inp=12, tier=2)
 
 
 # ---- OFT and BOFT
@@ -363,9 +363,9 @@ def oft_specs() -> Iterator[Spec]:
     for kind in WEIGHT_KINDS:
         for variant, options in variants.items():
             for family, cls, rank in (("oft", DiagOFTModule, 4), ("boft", ButterflyOFTModule, 8)):
-                yield Spec(family, variant, kind, cls, by_merge, rank, None, options, out=24, std=0.15, issue=2)
-    yield Spec("oft", "square", "linear", DiagOFTModule, by_merge, 4, None, out=16, inp=16, std=0.15, issue=2)
-    yield Spec("boft", "four_stages", "linear", ButterflyOFTModule, by_merge, 4, None, out=32, std=0.15, issue=2)
+                yield Spec(family, variant, kind, cls, by_merge, rank, None, options, out=24, std=0.15, tier=2)
+    yield Spec("oft", "square", "linear", DiagOFTModule, by_merge, 4, None, out=16, inp=16, std=0.15, tier=2)
+    yield Spec("boft", "four_stages", "linear", ButterflyOFTModule, by_merge, 4, None, out=32, std=0.15, tier=2)
 
 
 # ---- cases that no module writes
@@ -376,7 +376,7 @@ def old_glora(case: Case) -> Case:
     swap = {"a1.weight": "a2.weight", "a2.weight": "a1.weight", "b1.weight": "b2.weight", "b2.weight": "b1.weight"}
     tensors = {swap.get(suffix, suffix): tensor for suffix, tensor in case.tensors.items()}
     name = case.name.replace("/new/", "/old/").replace("/square/", "/old_square/")
-    return Case(name, case.family, case.kind, case.source, tensors, case.base, case.delta, issue=2)
+    return Case(name, case.family, case.kind, case.source, tensors, case.base, case.delta, tier=2)
 
 
 def sparse_case(kind: str) -> Case:
@@ -400,7 +400,7 @@ def sparse_case(kind: str) -> Case:
         "bias_size": torch.tensor(residual.shape).to(torch.int16),
     }
     return Case(
-        name, "sparse", kind, "lycoris", as_stored(tensors), as_stored({"w": host.weight})["w"], difference, issue=2
+        name, "sparse", kind, "lycoris", as_stored(tensors), as_stored({"w": host.weight})["w"], difference, tier=2
     )
 
 

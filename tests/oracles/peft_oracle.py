@@ -78,7 +78,7 @@ class Spec:
     inp: int = IN
     std: float = 0.4
     expects: frozenset[str] = frozenset()
-    issue: int = 2
+    tier: int = 2
 
     @property
     def name(self) -> str:
@@ -175,7 +175,7 @@ def built_now(spec: Spec) -> Built:
         delta=merged_delta if delta is None else delta,
         bias_delta=bias_delta,
         config=config,
-        issue=spec.issue,
+        tier=spec.tier,
     )
     return Built(spec, case, model, base_bias)
 
@@ -203,15 +203,15 @@ EMBEDDING = frozenset({"lora_embedding_A", "lora_embedding_B"})
 def lora_specs() -> Iterator[Spec]:
     plain = {"r": RANK, "lora_alpha": ALPHA}
     for kind in ("linear", *CONV_KINDS):
-        yield Spec("lora", "plain", kind, LoraConfig, plain, expects=AB, issue=1)
+        yield Spec("lora", "plain", kind, LoraConfig, plain, expects=AB, tier=1)
         bias = plain | {"lora_bias": True}
         yield Spec("lora", "lora_bias", kind, LoraConfig, bias, expects=AB | {"lora_B.bias"})
     for kind in ("linear", "conv2d_3x3", "embedding"):
         expects = EMBEDDING if kind == "embedding" else AB
-        yield Spec("lora", "rslora", kind, LoraConfig, plain | {"use_rslora": True}, expects=expects, issue=1)
-    yield Spec("lora", "plain", "embedding", LoraConfig, plain, expects=EMBEDDING, issue=1)
-    yield Spec("lora", "square", "linear", LoraConfig, plain, out=12, inp=12, issue=1)
-    yield Spec("lora", "square", "embedding", LoraConfig, plain, out=12, inp=12, issue=1)
+        yield Spec("lora", "rslora", kind, LoraConfig, plain | {"use_rslora": True}, expects=expects, tier=1)
+    yield Spec("lora", "plain", "embedding", LoraConfig, plain, expects=EMBEDDING, tier=1)
+    yield Spec("lora", "square", "linear", LoraConfig, plain, out=12, inp=12, tier=1)
+    yield Spec("lora", "square", "embedding", LoraConfig, plain, out=12, inp=12, tier=1)
 
 
 def dora_specs() -> Iterator[Spec]:
