@@ -17,6 +17,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -56,7 +57,8 @@ def prepare(extra: str) -> None:
     wanted = hashlib.sha256(pins.read_bytes()).hexdigest()
     if PYTHON.exists() and stamp.exists() and stamp.read_text() == wanted:
         return
-    print(f"Preparing {VENV} for `{extra}`, once (some minutes; torch is large) …", flush=True)
+    # on stderr, with all that pip says: stdout belongs to the demo's --json
+    print(f"Preparing {VENV} for `{extra}`, once (some minutes; torch is large) …", file=sys.stderr)
     if not PYTHON.exists():
         try:
             venv.create(VENV, with_pip=True, clear=VENV.exists())
@@ -66,7 +68,7 @@ def prepare(extra: str) -> None:
     requirements.write_text("\n".join(pinned(pins, extra)) + "\n")
     # torch first and alone: with it there, no other package's open range can draw in a larger build of it
     for packages in ([line for line in pinned(pins, extra) if line.startswith("torch=")], ["-r", str(requirements)]):
-        if run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages):
+        if run("-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages, stdout=sys.stderr):
             sys.exit(f"pip could not install what {extra} needs (its own words are above). Is there a network?")
     stamp.write_text(wanted)
 
@@ -88,9 +90,9 @@ def test(options: list[str]) -> int:
     return run("-m", "pytest", *options)
 
 
-def run(*arguments: str) -> int:
-    """Runs the Python of `.venv` in the project's folder."""
-    return subprocess.call([str(PYTHON), *arguments], cwd=ROOT)
+def run(*arguments: str, stdout: TextIO | None = None) -> int:
+    """Runs the Python of `.venv` in the project's folder; `stdout` is where its output goes, if not to ours."""
+    return subprocess.call([str(PYTHON), *arguments], cwd=ROOT, stdout=stdout)
 
 
 if __name__ == "__main__":
