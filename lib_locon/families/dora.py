@@ -48,11 +48,6 @@ class DoRALayer(Layer):
     def tensors(self) -> list[Tensor]:
         return [*super().tensors(), self.magnitude]
 
-    def delta(self, base: Tensor) -> Tensor:
-        merged = base + super().delta(base)
-        factors = self._factors(torch.linalg.vector_norm(merged, dim=self._others(base), keepdim=True))
-        return merged * factors - base
-
     def adder(self, base: Tensor) -> Adder:
         if not self.on_output:
             return self._by_columns(base)
@@ -97,9 +92,6 @@ class DoRALayer(Layer):
             return merged
 
         return merge
-
-    def _others(self, base: Tensor) -> list[int]:
-        return [axis for axis in range(base.ndim) if axis != (0 if self.on_output else 1)]
 
     def _factors(self, norm: Tensor, start: int = 0, length: int | None = None) -> Tensor:
         """g / ‖M‖ in the shape of `norm`; for some rows only, from row `start` on."""

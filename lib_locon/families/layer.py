@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lib_locon.families.base import Adder, Family, working_dtype
+from lib_locon.families.shapes import matrix
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -60,7 +61,10 @@ class Layer:
 
     def delta(self, base: Tensor) -> Tensor:
         """ΔW at strength 1, in the shape, dtype and device of `base` (the pristine weight, fp32)."""
-        return self.family.to(base.device, base.dtype).delta(base) * self.scale
+        rows = matrix(base)
+        total = torch.zeros_like(rows)
+        self.adder(base)(total, rows, 0, 1.0)
+        return total.reshape(base.shape)
 
     def adder(self, base: Tensor) -> Adder:
         """What adds ΔW by rows (see `Family.adder`); `base` is the whole pristine weight in its own dtype."""

@@ -28,10 +28,6 @@ class RowsLayer(Layer):
     def truncated(self, rank: int) -> RowsLayer:
         return replace(self, family=self.family.truncated(rank))
 
-    def delta(self, base: Tensor) -> Tensor:
-        whole = super().delta(base.new_zeros(()).expand(self.whole))
-        return whole[self.start : self.start + self.length].reshape(base.shape)
-
     def adder(self, base: Tensor) -> Adder:
         inner = super().adder(base.new_zeros(()).expand(self.whole))
         # `base` is one of the model's projections; its rows of the adapter's weight begin further down

@@ -24,7 +24,8 @@ SUFFIX_ALIASES: Mapping[str, str] = {
 }
 _SUFFIXES: Mapping[str, str] = {**{suffix: suffix for suffix in (*SUFFIXES, *UNSUPPORTED)}, **SUFFIX_ALIASES}
 _LONGEST = max(suffix.count(".") for suffix in _SUFFIXES) + 1
-_PEFT = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector", "oft_R", "boft_", "ia3_l", "hada_w", "lokr_w")
+_PEFT_ONLY = ("lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector")
+_PEFT = (*_PEFT_ONLY, "oft_R", "boft_", "ia3_l", "hada_w", "lokr_w")
 """How PEFT's parameters begin. It puts the adapter's name (`default`) behind them when it is told to leave it in."""
 _HALVES = {"up.weight": "lora_up.weight", "down.weight": "lora_down.weight"}
 """Old diffusers: `…processor.to_q_lora.up.weight` is the `to_q` beside the processor."""
@@ -147,7 +148,7 @@ def _named_adapter(segments: list[str]) -> tuple[str, str] | None:
 
 def is_peft(key: str) -> bool:
     """Whether a file's key is in PEFT's own spelling."""
-    return key.startswith("base_model.model.") or any(part.startswith(_PEFT[:4]) for part in key.split("."))
+    return key.startswith("base_model.model.") or any(part.startswith(_PEFT_ONLY) for part in key.split("."))
 
 
 def module_name(written: str) -> ModuleName:

@@ -71,11 +71,14 @@ class Webui:
             session.side_path = self.side_path
             session.engine.store.policy = policy_named(self.base_store)
             report = session.apply(uses)
+            if report.written:
+                log.info("%s", session.engine.store.report())
         except Exception as error:
             if not isinstance(error, LoconError):
                 log.exception("an error in sd-webui-locon itself")
             report = Report()
-            uses, problems = [], [*problems, Problem(f"no adapter is in this image: {error or type(error).__name__}")]
+            what = str(error) or type(error).__name__
+            uses, problems = [], [*problems, Problem(f"no adapter is in this image: {what}")]
         problems += map(Problem, self.embeddings.use([use.adapter for use in uses], model))
         self.last_report = report = Report(report.adapters, tuple(problems), report.written, tuple(parsed.warnings))
         for line in report.lines():
@@ -98,7 +101,7 @@ class Webui:
         """The host loaded weights into `model`, new or known. Its modules may be others now, so look at it anew."""
         session = self._sessions.pop(model, None)
         if session is not None:
-            session.restore()  # leaves alone what was loaded anew; a change of the VAE alone leaves our patches in
+            session.restore()  # what was loaded anew is left alone; after a change of the VAE alone, patches come off
 
     def release(self) -> None:
         """Gives every model its base back and forgets it."""

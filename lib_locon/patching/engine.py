@@ -1,6 +1,6 @@
 """The engine: makes a model hold exactly base + plan, and nothing else.
 
-Its promises are in docs/architecture.md; each has a test. State belongs to one model object.
+Its promises are in the README; each has a test. State belongs to one model object.
 """
 
 from __future__ import annotations
