@@ -4,8 +4,9 @@ By hand, with any Python from 3.10 on and nothing else installed:
 
     python install.py demo [OPTIONS]   the headless webui with its small model (`demo --help` lists the options)
     python install.py test [OPTIONS]   all tests (the options go to pytest)
+    python install.py bench [OPTIONS]  all benchmarks, then docs/performance.md (`bench --help` lists the options)
 
-Both use a virtual environment of their own, `.venv` beside this file.
+All use a virtual environment of their own, `.venv` beside this file.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ def main(arguments: list[str]) -> int:
     if command == "test":
         prepare("test")
         return test(options)
+    if command == "bench":
+        prepare("bench")
+        return run("-m", "benchmarks.report", *options)
     print(__doc__)
     return 0 if command in ("-h", "--help", "help") else 2
 

@@ -27,10 +27,18 @@ class Tag(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A change from one set of adapters to another."""
+    """A change from one set of adapters to another, or (with `steps`) a curve: so many changes of its strengths."""
 
     before: tuple[Tag, ...]
     after: tuple[Tag, ...]
+    steps: int = 1
+
+    def at(self, step: int) -> tuple[Tag, ...]:
+        """What is asked for at a step: the strengths fall in a line to what they are at the end."""
+        share = 1 - step / (2 * self.steps)
+        return (
+            tuple(tag._replace(strength=tag.strength * share) for tag in self.after) if self.steps > 1 else self.after
+        )
 
 
 _R8 = (Tag("locon-r8"),)
@@ -39,6 +47,7 @@ _ALL: dict[str, Row] = {
     "locon-r32": Row((), (Tag("locon-r32"),)),
     "locon-r32-x3": Row((), tuple(Tag("locon-r32", 0.8, copy) for copy in range(3))),
     "strength": Row(_R8, (Tag("locon-r8", 0.7),)),
+    "schedule-20": Row((), (Tag("locon-r8"),), steps=20),
     "lokr-f8": Row((), (Tag("lokr-f8"),)),
     "loha-r32": Row((), (Tag("loha-r32"),)),
     "dora-r32": Row((), (Tag("dora-r32"),)),
@@ -54,7 +63,7 @@ STARTS: dict[str, tuple[Tag, ...]] = {"base": (), "other": (Tag("locon-r8", copy
 def row_from(name: str, start: str) -> Row:
     """The row with its start: `before` is what it says there, or the start where it says nothing."""
     row = ROWS[name]
-    return row if row.before else Row(STARTS[start], row.after)
+    return row if row.before else row._replace(before=STARTS[start])
 
 
 @dataclass
@@ -103,14 +112,14 @@ class Rig:
 
     def change(self, row: str, into: Measured, *, memory: bool = False) -> None:
         """One change, timed, or (with `memory`) watched; never both."""
-        before, after = (self.uses(tags) for tags in self.rows[row])
-        self.session.apply(before)
+        steps = [self.uses(self.rows[row].at(step)) for step in range(self.rows[row].steps)]
+        self.session.apply(self.uses(self.rows[row].before))
         settle()
         with watch(memory) as peak:
             start = perf_counter()
-            report = self.session.apply(after)
+            written = sum(self.session.apply(uses).written for uses in steps)
             seconds = perf_counter() - start
-        into.written = report.written
+        into.written = written
         if memory:
             into.peak = peak.over_rest
         else:

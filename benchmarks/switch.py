@@ -5,8 +5,9 @@
     python -m benchmarks.switch --model tiny --rows locon-r8,same a few seconds
 
 The floor is one plain copy of the weights that the adapters touch (read the base, write the weight), timed before every
-row. A ratio is a row's median over the floor's. Each row is one `Session.apply`. Rows that apply start from the base,
-and so pay for keeping a copy of it; with `--start other` another LoCon is held before, and the copy is there already.
+row. A ratio is a row's median over the floor's. Each row is one `Session.apply` (schedule-20: twenty). Rows that apply
+start from another LoCon, whose base is kept already; with `--start base` they start from nothing, and so pay for
+looking whether the kept copies still are the base.
 All adapters touch the 350 modules that kohya trains as C3Lier (SD1.5); files are fp16, read and matched beforehand.
 `anon_mib` is the most anonymous memory (RssAnon) above the resting state, looked at in a round of its own; null where
 the system does not tell.
@@ -14,6 +15,7 @@ the system does not tell.
     locon-r8, locon-r32   apply a LoCon of that rank            lokr-f8    apply a LoKr, factor 8, both matrices whole
     locon-r32-x3          apply three at once                   loha-r32   apply a LoHa, rank 32
     strength              locon-r8 held at 1, asked for at 0.7  remove     locon-r8 held, nothing asked for
+    schedule-20           locon-r8 at 20 strengths, one after the other: the steps of an image with a curve
     dora-r32              where lib_locon reads it              same       locon-r8 held and asked for again
 
 Memory: three times the model. fp32 SD1.5 takes 12 GiB, fp32 SDXL 42 GiB.
@@ -95,22 +97,23 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", action="append", metavar=",".join(DTYPES), help="repeat, or with commas; fp32")
     parser.add_argument("--rows", action="append", metavar="NAME,…", help=f"of {', '.join(ROWS)}; all of them")
     parser.add_argument("--rounds", type=int, default=3, help="times that each row is timed; 3")
-    parser.add_argument("--start", choices=STARTS, default="base", help="what the rows that apply start from; base")
+    parser.add_argument("--start", choices=STARTS, default="other", help="what the rows that apply start from; other")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error("--rounds must be 1 or more")
-    options.dtype = _names(parser, options.dtype or ["fp32"], DTYPES)
-    options.rows = _names(parser, options.rows or [",".join(ROWS)], ROWS)
+    options.dtype = names(parser, options.dtype or ["fp32"], DTYPES)
+    options.rows = names(parser, options.rows or [",".join(ROWS)], ROWS)
     return options
 
 
-def _names(parser: argparse.ArgumentParser, given: list[str], known: Collection[str]) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for part in given for name in part.split(",")))
-    for name in names:
+def names(parser: argparse.ArgumentParser, given: list[str], known: Collection[str]) -> list[str]:
+    """The names of an option that may be repeated or have commas; ends the program at an unknown one."""
+    chosen = list(dict.fromkeys(name.strip() for part in given for name in part.split(",")))
+    for name in chosen:
         if name not in known:
             parser.error(f"{name!r} is none of {', '.join(known)}")
-    return names
+    return chosen
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import adapters, switch
+from benchmarks import adapters, compared, compared_worker, report, switch
+from benchmarks.compared_check import Factors, agreement, difference
+from benchmarks.compared_ways import OursRam
 from benchmarks.memory import anonymous
 from benchmarks.models import skeleton
+from benchmarks.report_page import BARS, met, page
 from benchmarks.rows import ROWS
 from lib_locon.families import SUFFIXES
 from lib_locon.models.table import TargetTable
@@ -115,3 +118,191 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(wrong: list[str], caps
     with pytest.raises(SystemExit):
         switch.main(wrong)
     assert capsys.readouterr().err.splitlines()[-1].startswith("python -m benchmarks.switch: error: ")
+
+
+# ---- beside other libraries
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STEPS = {"load", "apply", "change", "remove", "again"}
+
+
+def merged(dtype: torch.dtype, strength: float) -> tuple[dict[str, torch.Tensor], ...]:
+    """A weight of a convolution with its LoCon at a strength, its base, and the factors."""
+    generator = torch.Generator().manual_seed(0)
+    base, up, down = (
+        torch.empty(shape).uniform_(-0.1, 0.1, generator=generator)
+        for shape in ((64, 48, 3, 3), (64, 8, 1, 1), (8, 48, 3, 3))
+    )
+    base = base.to(dtype)
+    delta = (up.double().flatten(1) @ down.double().flatten(1)).view(base.shape) * 0.5
+    return {"a": (base.double() + strength * delta).to(dtype)}, {"a": base}, {"a": Factors(up, down, 0.5)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_right_merge_agrees(dtype: torch.dtype) -> None:
+    found = agreement(*merged(dtype, 0.7), 0.7)
+    assert found.agrees
+    assert found.error <= 0.5  # rounded once
+    assert found.strength == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_at_another_strength_does_not(dtype: torch.dtype) -> None:
+    """In half precision no single element tells it from a rounding; all together do."""
+    assert not agreement(*merged(dtype, 0.69), 0.7).agrees
+
+
+@pytest.mark.parametrize("wrong", [1.0, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_merge_with_one_wrong_element_does_not(dtype: torch.dtype, wrong: float) -> None:
+    weights, bases, factors = merged(dtype, 0.7)
+    weights["a"].view(-1)[1234] = wrong
+    assert not agreement(weights, bases, factors, 0.7).agrees
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_differences_are_of_bits(dtype: torch.dtype) -> None:
+    bases = {"a": torch.zeros(8, 4, dtype=dtype), "b": torch.ones(2, 4, dtype=dtype)}
+    weights = {name: base.clone() for name, base in bases.items()}
+    assert difference(weights, bases) == (0, 0)
+    weights["a"][7, 3] = -0.0
+    assert torch.equal(weights["a"], bases["a"])
+    assert difference(weights, bases) == (1 / 40, 0)
+    weights["b"][1, 2] = 1.5
+    assert difference(weights, bases) == (2 / 40, 0.5)
+
+
+@pytest.fixture(scope="module")
+def beside() -> dict[str, Any]:
+    """A run as a user starts it, of ours and one that subtracts."""
+    command = [sys.executable, "-m", "benchmarks.compared", "--model", "tiny", "--json", "--rounds", "1"]
+    run = subprocess.run(
+        [*command, "--ways", "ours-checkpoint,lycoris", "--ranks", "8"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(run.stdout)
+    return found
+
+
+def test_form_of_the_comparison(beside: dict[str, Any]) -> None:
+    assert [way["way"] for way in beside["ways"]] == ["ours-checkpoint", "lycoris"]
+    assert all(way["calls"].keys() == STEPS and way["version"] and way["note"] for way in beside["ways"])
+    assert [(row["way"], row["rank"]) for row in beside["rows"]] == [("ours-checkpoint", 8), ("lycoris", 8)]
+    for row in beside["rows"]:
+        assert row["why"] is None
+        assert row["seconds"].keys() == STEPS
+        for step, seconds in row["seconds"].items():
+            assert row["ratio"][step] == pytest.approx(seconds / row["floor_seconds"])
+        assert row["agreement"].keys() == {"apply", "change"}
+
+
+def test_all_merge_the_same_and_ours_alone_gives_the_base_back(beside: dict[str, Any]) -> None:
+    for row in beside["rows"]:
+        assert all(checked["agrees"] for checked in row["agreement"].values())
+        assert (row["different_share"] == 0) == (row["way"] == "ours-checkpoint")
+        assert (row["largest_difference"] == 0) == (row["way"] == "ours-checkpoint")
+
+
+@pytest.mark.parametrize("way", ["peft", "lycoris-precise", "diffusers"])
+def test_every_other_way_merges_right(way: str) -> None:
+    if way == "diffusers":
+        pytest.importorskip("diffusers")
+    (row,) = compared_worker.measure(way, "tiny", "bf16", [8], 1)["rows"]
+    assert row["why"] is None
+    assert all(checked["agrees"] for checked in row["agreement"].values())
+
+
+def test_a_way_that_merges_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compared_worker.WAYS, "ours-ram", f"{__name__}:Weak")
+    (row,) = compared_worker.measure("ours-ram", "tiny", "bf16", [8], 1)["rows"]
+    assert not row["agreement"]["apply"]["agrees"]
+    assert row["agreement"]["apply"]["strength"] == pytest.approx(0.99, abs=1e-3)
+
+
+class Weak(OursRam):
+    def apply(self, strength: float) -> None:
+        super().apply(0.99 * strength)
+
+
+def test_a_library_that_is_not_there_has_rows_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compared_worker.WAYS, "diffusers", "no_such_library:Way")
+    found = compared_worker.measure("diffusers", "tiny", "fp32", [8, 32], 1)
+    assert [row["rank"] for row in found["rows"]] == [8, 32]
+    for row in found["rows"]:
+        assert "no_such_library" in row["why"]
+        assert row["seconds"] is row["different_share"] is row["agreement"] is None
+    assert any("no_such_library" in line for line in compared.lines(wrapped(found)))
+    assert "`diffusers`: not measured: not installed" in page({"compared": measured(wrapped(found))})
+
+
+def wrapped(way: dict[str, Any]) -> dict[str, Any]:
+    """One way's rows as the whole comparison has them."""
+    about = {name: value for name, value in way.items() if name != "rows"}
+    result = {"model": "tiny", "torch": "2", "threads": 1, "rounds": 1, "touched_mib": {"fp32": 1.0}}
+    return {**result, "ways": [about], "rows": way["rows"]}
+
+
+# ---- the page
+
+
+def measured(result: dict[str, Any]) -> dict[str, Any]:
+    return {"command": "python -m …", "machine": report.machine(), "result": result}
+
+
+def test_the_page_says_what_the_benchmarks_said(result: dict[str, Any], beside: dict[str, Any]) -> None:
+    text = page({"switch-base": measured(result), "compared": measured(beside)})
+    for row in result["rows"]:
+        assert (f"{row['ratio']:.2f} ×" in text) == (row["name"] != "same")
+    for row in beside["rows"]:
+        assert f"{row['seconds']['apply']:.2f} s ({row['ratio']['apply']:.1f} ×)" in text
+        assert row["different_share"] == 0 or f"{row['different_share']:.2%}" in text
+    assert "From another LoCon, whose base is kept already\n\nNot measured." in text
+    assert torch.__version__ in text
+
+
+def test_bars_are_for_the_true_shapes_and_judged_as_measured(result: dict[str, Any]) -> None:
+    ratios = {"remove": 1.2, "locon-r8": 2.6, "same": 0.1}
+    rows = [{**row, "ratio": ratios[row["name"]], "seconds": 0.0009} for row in result["rows"]]
+    true = {**result, "model": "sd15", "rows": rows}
+    assert [met(row, BARS) for row in rows] == [False, True, True]  # locon-r8, remove, same
+    text = page({"switch-base": measured(true)})
+    assert "**2 of 3 bars are met.**" in text
+    assert "**2.60 ×** (≤ 2.5)" in text
+    assert "| 1.20 × (≤ 1.2)" in text
+    assert met({**rows[2], "written": 1}, BARS) is False
+    assert "No bars." in page({"switch-base": measured(result)})
+
+
+def test_who_loses_is_said_both_ways(beside: dict[str, Any]) -> None:
+    ours, theirs = beside["rows"]
+    lost = {**beside, "rows": [{**ours, "peak_mib": 30.0}, {**theirs, "peak_mib": 10.0}]}
+    won = {**beside, "rows": [{**ours, "peak_mib": 10.0}, {**theirs, "peak_mib": 30.0}]}
+    assert "peak of memory | – | **3.0 × more than lycoris** |" in page({"compared": measured(lost)})
+    assert "peak of memory | – | 3.0 × less than lycoris |" in page({"compared": measured(won)})
+
+
+def test_what_could_not_be_measured_is_said_with_the_reason() -> None:
+    found = report.measure(["benchmarks.switch", "--json", "--rows", "locon-r9"])
+    assert "'locon-r9' is none of" in found["failed"]
+    assert "Not measured: python -m benchmarks.switch: error: 'locon-r9'" in page({"switch-base": found})
+
+
+def test_the_page_in_the_repository_is_that_of_its_results() -> None:
+    assert report.PAGE.read_text(encoding="utf8") == page(report.read(report.RESULTS))
+
+
+def test_a_page_is_made_of_what_is_there_and_of_nothing_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "results", tmp_path / "page.md"
+    asked = ["--measure", "none", "--results", str(folder), "--out", str(out)]
+    assert report.main(asked) == 1
+    assert "there is no measurement" in capsys.readouterr().err
+    assert not out.exists()
+    failed = {"command": "python -m …", "machine": report.machine(), "failed": "no room"}
+    (folder / "compared.json").write_text(json.dumps(failed), encoding="utf8")
+    assert report.main(asked) == 0
+    assert "Not measured: no room" in out.read_text(encoding="utf8")

@@ -28,16 +28,26 @@ def test_an_unknown_command_prints_the_help() -> None:
     assert "install.py demo" in done.stdout
 
 
-@pytest.mark.parametrize("extra", ["demo", "test"])
-def test_every_package_of_ours_is_pinned(extra: str) -> None:
+def pinned(extra: str) -> list[str]:
     sys.path.insert(0, str(ROOT))
     try:
         import install
     finally:
         sys.path.remove(str(ROOT))
-    packages = install.pinned(ROOT / "pyproject.toml", extra)
+    return install.pinned(ROOT / "pyproject.toml", extra)
+
+
+@pytest.mark.parametrize("extra", ["demo", "test", "bench"])
+def test_every_package_of_ours_is_pinned(extra: str) -> None:
+    packages = pinned(extra)
     assert packages[0] == "torch==2.13.0"
     assert all("==" in package for package in packages)
+
+
+def test_a_package_has_one_version() -> None:
+    """All commands share one .venv: with two versions each would undo what the other installed."""
+    packages = {package.partition(";")[0] for extra in ("demo", "test", "bench") for package in pinned(extra)}
+    assert len({package.partition("==")[0] for package in packages}) == len(packages)
 
 
 def test_preparing_says_nothing_on_stdout(tmp_path: Path) -> None:
