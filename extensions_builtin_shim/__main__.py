@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.prompt is None:
             from extensions_builtin_shim.page import serve
 
-            return serve(webui, args.lora_dir, 7870 if args.port is None else args.port)
+            return serve(webui, 7870 if args.port is None else args.port)
         from extensions_builtin_shim.runs import Request, run_all
 
         return run_all(webui, Request(args.prompt, args.negative_prompt, args.seed, args.steps, args.out, args.json))

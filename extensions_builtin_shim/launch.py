@@ -3,7 +3,7 @@
 from extensions_builtin_shim.launch import launch
 
 with launch(lora_dir="my/adapters") as webui:
-    run = webui.generate("a red cat <lora:tiny_lora:0.8>", seed=1, steps=8)
+    run = webui.generate("a red heart on blue <lora:glow:0.8>", seed=1, steps=20)
     run.image.save("a.png")
 """
 
@@ -31,11 +31,15 @@ def launch(
     extensions: Mapping[str, Path] = OURS,
     builtin: Mapping[str, Path] | None = None,
     make_model: Callable[[], TinySD] | None = None,
+    make_app: Callable[[], object] | None = None,
+    data_dir: Path | str | None = None,
 ) -> Webui:
     """Starts it as the host starts, and returns it ready.
 
     `extensions` and `builtin` are name → root, in the place of the host's two directories; `make_model` gives the model
-    (left out: the small one with its own weights). One at a time in a process, as `modules` is the process's.
+    (left out: the trained small one). `make_app` gives the web application (a FastAPI) that extensions add
+    their addresses to; left out, there is none. `data_dir` is the host's folder for its user's data; left out, it is
+    one that goes with the run. One at a time in a process, as `modules` is the process's.
     """
     started = time.perf_counter()
     put_modules_on_path()
@@ -43,9 +47,23 @@ def launch(
 
     roots = {name: Path(root).resolve() for name, root in extensions.items()}
     builtin_roots = {name: Path(root).resolve() for name, root in (builtin or {}).items()}
-    webui = Webui(Path(lora_dir), builtin_roots, roots, make_model)
+    webui = Webui(
+        Path(lora_dir),
+        builtin_roots,
+        roots,
+        make_model or trained,
+        make_app,
+        None if data_dir is None else Path(data_dir),
+    )
     webui.seconds_to_load = time.perf_counter() - started
     return webui
+
+
+def trained() -> TinySD:
+    """The small model with the weights that it is shipped with."""
+    from extensions_builtin_shim.tiny_sd.checkpoint import load_trained
+
+    return load_trained()
 
 
 def put_modules_on_path() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 MAX_PROMPT = 10_000  # characters
 MAX_STEPS = 200
+MAX_GUIDANCE = 30
+MAX_COUNT = 16
 
 
 class BadRequest(ValueError):
@@ -36,4 +38,18 @@ def checked_steps(value: object) -> int:
     """How many steps."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_STEPS:
         raise BadRequest(f"the steps must be a whole number from 1 to {MAX_STEPS}")
+    return value
+
+
+def checked_guidance(value: object) -> float:
+    """How strongly the prompt counts against the negative one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_GUIDANCE:
+        raise BadRequest(f"the guidance must be a number from 0 to {MAX_GUIDANCE}")
+    return float(value)
+
+
+def checked_count(value: object) -> int:
+    """How many images."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_COUNT:
+        raise BadRequest(f"the number of images must be a whole number from 1 to {MAX_COUNT}")
     return value

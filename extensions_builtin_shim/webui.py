@@ -5,15 +5,27 @@ from __future__ import annotations
 import hashlib
 import io
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from modules import extensions, extra_networks, initialize, script_callbacks, sd_models, shared
+from modules import (
+    extensions,
+    extra_networks,
+    initialize,
+    paths_internal,
+    progress,
+    script_callbacks,
+    sd_models,
+    shared,
+    shared_options,
+    ui_extra_networks,
+)
 from modules.processing import Processed, StableDiffusionProcessingTxt2Img, process_images
 from PIL import Image, PngImagePlugin
 
@@ -72,13 +84,20 @@ class Webui:
         builtin: Mapping[str, Path],
         user: Mapping[str, Path],
         make_model: Callable[[], TinySD] | None,
+        make_app: Callable[[], object] | None = None,
+        data_dir: Path | None = None,
     ) -> None:
+        self._own_data = None if data_dir else tempfile.TemporaryDirectory(prefix="headless-webui-")
+        paths_internal.data_path = str(data_dir or self._own_data.name)
+        initialize.make_app = make_app
         self.seconds_to_load = 0.0
         self._lock = threading.Lock()
+        self._pages = threading.Lock()
         shared.cmd_opts.__dict__.clear()
         shared.cmd_opts.lora_dir = str(lora_dir)
         shared.opts.data.clear()
         shared.opts.data_labels.clear()
+        shared.opts.data_labels.update(shared_options.known())
         sd_models.model_data.clear()
         sd_models.model_data.make = make_model or TinySD.random
         extensions.configure(builtin, user)
@@ -89,8 +108,14 @@ class Webui:
         self, prompt: str, negative_prompt: str = "", *, seed: int = 1, steps: int = 8, guidance: float = 5.0
     ) -> Run:
         """One image, as the webui's Generate makes it. Calls from several threads wait for each other."""
+        return self.generate_all(prompt, negative_prompt, seed=seed, steps=steps, guidance=guidance)[0]
+
+    def generate_all(
+        self, prompt: str, negative_prompt: str = "", *, seed: int, steps: int, guidance: float = 5.0, count: int = 1
+    ) -> tuple[Run, ...]:
+        """The images of one job: `count` batches of one image, with the seeds from `seed` on. Fewer if interrupted."""
         p = StableDiffusionProcessingTxt2Img(
-            prompt=prompt, negative_prompt=negative_prompt, seed=seed, steps=steps, cfg_scale=guidance
+            prompt=prompt, negative_prompt=negative_prompt, seed=seed, steps=steps, cfg_scale=guidance, n_iter=count
         )
         with self._lock, _one_thread():
             shared.state.begin("txt2img")
@@ -99,7 +124,26 @@ class Webui:
             finally:
                 shared.state.end()
             load, self.seconds_to_load = self.seconds_to_load, 0.0
-            return _run(p, processed, load)
+            return _runs(p, processed, load)
+
+    @property
+    def app(self) -> Any:
+        """The web application of the page that is up now; None without a `make_app`."""
+        return initialize.app
+
+    @contextmanager
+    def pages(self) -> Iterator[list[ui_extra_networks.ExtraNetworksPage]]:
+        """The registered pages of cards. They list their items one request at a time."""
+        with self._pages:
+            yield list(ui_extra_networks.extra_pages)
+
+    def progress(self) -> dict[str, object]:
+        """How far the running job is: `progress` from 0 to 1, and the host's state."""
+        return {"progress": progress.fraction(), "state": shared.state.dict()}
+
+    def interrupt(self) -> None:
+        """Presses the host's "Interrupt"."""
+        shared.state.interrupt()
 
     def reload_ui(self) -> None:
         """Presses the host's "Reload UI"."""
@@ -115,6 +159,8 @@ class Webui:
             extra_networks.initialize()
             sd_models.model_data.clear()
             shared.state.interrupted = False  # it was for that run
+            if self._own_data is not None:
+                self._own_data.cleanup()
 
     def __enter__(self) -> Webui:
         return self
@@ -134,13 +180,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(p: StableDiffusionProcessingTxt2Img, processed: Processed, load: float) -> Run:
+def _runs(p: StableDiffusionProcessingTxt2Img, processed: Processed, load: float) -> tuple[Run, ...]:
     if not processed.images:
         raise RuntimeError("the run was stopped before there was an image")
-    image, infotext = processed.images[0], processed.infotexts[0]
     seconds = Seconds(load, processed.seconds.get("activate", 0.0), processed.seconds.get("sample", 0.0))
-    png = _png(image, infotext)
-    return Run(p.all_prompts[0], processed.all_seeds[0], image, png, infotext, tuple(p.comments), _reports(p), seconds)
+    comments, reports = tuple(p.comments), _reports(p)
+    return tuple(
+        Run(p.all_prompts[index], p.all_seeds[index], image, _png(image, text), text, comments, reports, seconds)
+        for index, (image, text) in enumerate(zip(processed.images, processed.infotexts, strict=True))
+    )
 
 
 def _png(image: Image.Image, infotext: str) -> bytes:

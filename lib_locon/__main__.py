@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib_locon.bake import bake
+from lib_locon.bake import bake, no_steps
 from lib_locon.errors import LoconError
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.inspection import Inspection, inspect
@@ -153,7 +153,9 @@ def _uses(folders: Sequence[Path], parsed: Parsed, allow_pickle: bool) -> tuple[
     )
     if not uses and not parsed.bad and not missing:
         raise LoconError('--prompt has no <lora:…> tag in it, so there is nothing to bake: try "<lora:name:1>"')
-    return uses, [*parsed.bad, *missing]
+    timed = [use for use in uses if use.strengths.schedule]
+    problems = [*parsed.bad, *missing, *(Problem(no_steps(use.name, use.strengths)) for use in timed)]
+    return [use for use in uses if use not in timed], problems
 
 
 def _check_output(options: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from lib_locon.matching import Match, Matched, match
 from lib_locon.models.targets import View
 from lib_locon.patching.compute import overflows, patched
 from lib_locon.patching.plan import Patch, Plan, make_plan
+from lib_locon.prompt.request import Strengths
 from lib_locon.report import AdapterReport
 from lib_locon.session import Use
 
@@ -52,8 +53,12 @@ def bake(
     """Writes `out`: the checkpoint with the adapters in it, dtypes, order and metadata kept, the recipe added.
 
     Needs the memory of the largest tensor in fp32 a few times over, whatever the file's size. Raises FileError, also
-    for an adapter that would change nothing (unless `skip_bad`); `out` then does not exist, or is what it was.
+    for an adapter that would change nothing (unless `skip_bad`), and for strengths that depend on the step; `out` then
+    does not exist, or is what it was.
     """
+    for use in uses:
+        if use.strengths.schedule:
+            raise FileError(f"nothing was written: {no_steps(use.name or use.adapter.name, use.strengths)}")
     table = checkpoint_table(checkpoint)
     matches = [match(use.adapter, table, partial(unwritable, checkpoint), may_grow=True) for use in uses]
     reports = [use.report(found) for use, found in zip(uses, matches, strict=True)]
@@ -77,6 +82,11 @@ def bake(
 
     write_safetensors(out, entries, {**checkpoint.metadata, RECIPE: _recipe(checkpoint, uses, prompt)}, data)
     return Baked(out, len(plan), len(entries), tuple(reports))
+
+
+def no_steps(name: str, strengths: Strengths) -> str:
+    """Why strengths that depend on the step cannot be baked, as a sentence."""
+    return f"a checkpoint has no steps, and {name} is to be used at {strengths}: give it strengths that stay the same"
 
 
 def _plan(
@@ -142,7 +152,7 @@ def _tensor_bytes(
     except Exception as error:  # whatever a family's arithmetic meets, the user gets a sentence and no half file
         what = str(error) or type(error).__name__
         raise FileError(f"a tensor of the shape {list(shape)} could not be patched: {what}") from error
-    if overflows(extremes, new.dtype) and bool(torch.isfinite(base.float()).all()):
+    if extremes is not None and overflows(extremes, new.dtype) and bool(torch.isfinite(base.float()).all()):
         raise FileError(
             f"at these strengths a tensor of the shape {list(shape)} has numbers that {new.dtype} cannot hold"
         )
@@ -159,7 +169,7 @@ def _recipe(checkpoint: SafetensorsFile, uses: Sequence[Use], prompt: str) -> st
         {
             "name": use.name or use.adapter.name,
             "sha256": _sha256(Path(use.adapter.identity.path)),
-            "strengths": use.strengths._asdict(),
+            "strengths": use.strengths.as_json(),
             **({} if use.dyn is None else {"dyn": use.dyn}),
         }
         for use in uses

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lib_locon.arithmetic import matrix, without_autocast
 from lib_locon.errors import LoconError
 from lib_locon.families.convolve import apply_pointwise, apply_weight, per_group
-from lib_locon.families.shapes import matrix
-from lib_locon.patching.precision import without_autocast
 
 
 class _Factor(nn.Module):

@@ -1,9 +1,10 @@
-"""The adapter folders: name → file. Reads names, and headers only when an alias is asked for; never tensors."""
+"""The adapter folders: name → file. Reads names; headers when an alias is asked for, whole files when a hash is."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,14 @@ from functools import cache
 from pathlib import Path
 
 from lib_locon.errors import FileError, UnknownName
+from lib_locon.files.hashes import hashes_of
 from lib_locon.files.pickled import ENDINGS as PICKLED
 from lib_locon.files.reader import FileIdentity, SafetensorsFile
 
 ENDINGS = (".safetensors",)
+LEAST_DIGITS, ENOUGH_DIGITS = 8, 12
+"""Of a hash: the fewest that are looked up, and those at which a file that has them is taken for the only one."""
+_HASH = re.compile(r"#[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,31 @@ class Entry:
     @property
     def alias(self) -> str:
         """The name that the trainer wrote into the file; empty where there is none or the file cannot be read."""
+        return self._written[0]
+
+    @property
+    def claimed_hash(self) -> str:
+        """The hash that the file's own metadata has for it: a hint where to look first, never a proof."""
+        return self._written[1]
+
+    def without_folder(self, text: str) -> str:
+        """A sentence about the file that anybody may read: nobody's folders and user names, the file's name alone."""
+        below, _, _ = self.name.rpartition("/")
+        return without_folder(text, self.path, f"{below}/" if below else "")
+
+    @property
+    def _written(self) -> tuple[str, str]:
         try:
-            return _alias(FileIdentity.of(self.path))
+            return _written(FileIdentity.of(self.path))
         except FileError:
-            return ""
+            return "", ""
+
+    def has_hash(self, digits: str) -> bool:
+        """Whether one of the file's hashes begins so; reads the file. False where it cannot be read."""
+        try:
+            return any(found.startswith(digits) for found in hashes_of(FileIdentity.of(self.path)))
+        except FileError:
+            return False
 
 
 class Library:
@@ -82,25 +108,63 @@ class Library:
         self._entries = sorted(kept, key=lambda entry: (entry.name.lower(), entry.name))
 
     def find(self, name: str) -> Entry:
-        """By path inside the folder, else by file name, else by the alias in the metadata. Raises UnknownName.
+        """By path inside the folder, else by file name, by the alias in the metadata, by hash. Raises UnknownName.
 
-        Two files that answer to the same name are an error that names both, never a guess.
+        Two files that answer to the same name are an error that names both, never a guess. A hash is written as `#` and
+        8 digits or more, of the whole file's or of its tensors'. It is computed: the first time, files are read whole.
         """
         entries = self.entries if name else []
         for kind in ("name", "stem", "alias"):
             found = [entry for entry in entries if getattr(entry, kind) == name]
-            if len(found) > 1:
-                names = ", ".join(entry.name for entry in found)
-                raise UnknownName(f"{name!r} could be any of these: {names}. Write the one that you mean in full")
             if found:
-                return found[0]
+                return _only(found, name)
+        if _HASH.fullmatch(name):
+            return self._with_hash(name)
         raise UnknownName(self._not_found(name))
 
+    def _with_hash(self, name: str) -> Entry:
+        digits = name[1:].lower()
+        if len(digits) < LEAST_DIGITS:
+            raise UnknownName(f"{name!r} is too short for a hash: give its first {LEAST_DIGITS} digits, or more")
+        # those first that say so themselves: the right one is often found before many gigabytes are read
+        entries = sorted(self.entries, key=lambda entry: not entry.claimed_hash.startswith(digits))
+        found: list[Entry] = []
+        for entry in entries:
+            if entry.has_hash(digits):
+                found.append(entry)
+                if len(digits) >= ENOUGH_DIGITS:
+                    break
+        if not found:
+            raise UnknownName(f"no adapter in {self._places()} has the hash {name}")
+        return _only(found, name)
+
+    def _places(self) -> str:
+        names = (str(folder) if not folder.is_absolute() else folder.name or str(folder) for folder in self.folders)
+        return ", ".join(names) or "no folder"
+
     def _not_found(self, name: str) -> str:
-        names = {entry.stem.lower(): entry.stem for entry in self.entries}
+        names = {word.lower(): word for entry in self.entries for word in (entry.alias, entry.name, entry.stem) if word}
         near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
         hint = f" (near it: {', '.join(names[key] for key in near)})" if near else ""
-        return f"there is no adapter {name!r} in {', '.join(map(str, self.folders)) or 'no folder'}{hint}"
+        return f"there is no adapter {name!r} in {self._places()}{hint}"
+
+
+def without_folder(text: str, path: Path, shown: str = "") -> str:
+    """`text` with `shown` in the place of the folder that `path` lies in, however that is spelt."""
+    folder = path.parent
+    real = (Path(os.path.realpath(path)).parent, os.path.realpath(folder))
+    spellings = map(str, (*real, os.path.abspath(folder), folder))  # noqa: PTH100  links stay as they are
+    for spelling in dict.fromkeys(spellings):
+        if spelling.strip(f".{os.sep}"):
+            text = text.replace(spelling.rstrip(os.sep) + os.sep, shown)
+    return text
+
+
+def _only(found: Sequence[Entry], name: str) -> Entry:
+    if len(found) > 1:
+        names = ", ".join(entry.name for entry in found)
+        raise UnknownName(f"{name!r} could be any of these: {names}. Write the one that you mean in full")
+    return found[0]
 
 
 def _walk(folder: Path, endings: Sequence[str], seen: dict[str, int]) -> Iterator[Entry]:
@@ -128,6 +192,8 @@ def _changed(folder: str) -> int:
 
 
 @cache
-def _alias(identity: FileIdentity) -> str:
-    alias = SafetensorsFile(identity.path).metadata.get("ss_output_name", "")
-    return "" if alias == "None" else alias
+def _written(identity: FileIdentity) -> tuple[str, str]:
+    """Alias and hash out of the metadata."""
+    metadata = SafetensorsFile(identity.path).metadata
+    alias = metadata.get("ss_output_name", "")
+    return "" if alias == "None" else alias, metadata.get("sshs_model_hash", "")

@@ -36,17 +36,15 @@ class AdapterReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        plain = {**asdict(self), "strengths": self.strengths._asdict()}
+        plain = {**asdict(self), "strengths": self.strengths.as_json()}
         return {key: value for key, value in plain.items() if value or key not in ("notes", "made_for")}
 
     def __str__(self) -> str:
-        te, unet = self.strengths
-        strengths = f"{te:g}" if te == unet else f"te {te:g}, unet {unet:g}"
         if not self.used and self.total:
             why = f"it was made for {self.made_for}; {summary(self.unmatched)}"
             return f"{self.name} changes nothing: none of its {self.total} layers fit this model ({why})"
         families = ", ".join(self.families) or "no layers"
-        line = f"{self.name} ({families}) at {strengths}: {self.used}/{self.total} layers"
+        line = f"{self.name} ({families}) at {self.strengths}: {self.used}/{self.total} layers"
         if self.unmatched:
             line += f"; not used: {summary(self.unmatched)}"
         return "; ".join([line, *self.notes])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from lib_locon.errors import LoconError
+from lib_locon.errors import LoconError, UnknownName
 from lib_locon.files.adapter import Adapter, read_adapter
 from lib_locon.files.reader import FileIdentity
 from lib_locon.library import Library
@@ -16,36 +18,83 @@ from lib_locon.session import Use
 
 
 class AdapterCache:
-    """The adapters used last, by file identity: a file trained anew under the same name is read anew."""
+    """The adapters used last, by file identity: a file trained anew under the same name is read anew.
+
+    `most` are kept. Those that somebody still uses, a session for one, are not read anew either.
+    """
 
     def __init__(self, most: int = 8, *, allow_pickle: bool = False) -> None:
         self.most = most
         self.allow_pickle = allow_pickle
         self._lock = threading.Lock()
         self._adapters: OrderedDict[FileIdentity, Adapter] = OrderedDict()
+        self._in_use: weakref.WeakValueDictionary[FileIdentity, Adapter] = weakref.WeakValueDictionary()
 
     def read(self, path: Path) -> Adapter:
         """The adapter at `path`. Raises FileError."""
         identity = FileIdentity.of(path)
         with self._lock:
-            adapter = self._adapters.get(identity)
+            adapter = self._in_use.get(identity)
             if adapter is None:
-                adapter = self._adapters[identity] = read_adapter(path, allow_pickle=self.allow_pickle)
+                adapter = self._in_use[identity] = read_adapter(path, allow_pickle=self.allow_pickle)
+            self._adapters[identity] = adapter
             self._adapters.move_to_end(identity)
-            while len(self._adapters) > self.most:
-                self._adapters.popitem(last=False)
+            self._trim()
         return adapter
 
+    def keep(self, most: int) -> None:
+        """Changes how many are kept."""
+        with self._lock:
+            self.most = most
+            self._trim()
 
-def resolve(requests: Iterable[Request], library: Library, cache: AdapterCache) -> tuple[list[Use], list[Problem]]:
+    def _trim(self) -> None:
+        while len(self._adapters) > self.most:
+            self._adapters.popitem(last=False)
+
+
+@dataclass(frozen=True)
+class Missing(Problem):
+    """A name that leads to no file, or to several."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Requests with the adapters that they mean: what to use at any moment of a run, without reading a file again."""
+
+    pairs: tuple[tuple[Request, Adapter], ...] = ()
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether anything depends on the step."""
+        return any(request.scheduled for request, _ in self.pairs)
+
+    def at(self, step: int = 0, steps: int = 1, *, hires: bool = False) -> list[Use]:
+        """What to use at `step`, counted from 0, of a pass of `steps`."""
+        return [
+            Use(adapter, request.at(step, steps, hires=hires), request.dyn, request.name)
+            for request, adapter in self.pairs
+        ]
+
+
+def find(requests: Iterable[Request], library: Library, cache: AdapterCache) -> tuple[Found, list[Problem]]:
     """Finds and reads the adapter of each request."""
-    uses: list[Use] = []
+    pairs: list[tuple[Request, Adapter]] = []
     problems: list[Problem] = []
     for request in requests:
         try:
-            adapter = cache.read(library.find(request.name).path)
+            entry = library.find(request.name)
+        except UnknownName as error:
+            problems.append(Missing(f"{error}; {request.name!r} was skipped"))
+            continue
+        try:
+            pairs.append((request, cache.read(entry.path)))
         except LoconError as error:
-            problems.append(Problem(f"{error}; {request.name!r} was skipped"))
-        else:
-            uses.append(Use(adapter, request.strengths, request.dyn, request.name))
-    return uses, problems
+            problems.append(Problem(f"{entry.without_folder(str(error))}; {request.name!r} was skipped"))
+    return Found(tuple(pairs)), problems
+
+
+def resolve(requests: Iterable[Request], library: Library, cache: AdapterCache) -> tuple[list[Use], list[Problem]]:
+    """What to use at the first step."""
+    found, problems = find(requests, library, cache)
+    return found.at(), problems

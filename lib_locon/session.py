@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from lib_locon.errors import LoconError
 from lib_locon.families import combine
+from lib_locon.families.layer import Layer
 from lib_locon.files.adapter import Adapter
 from lib_locon.matching import Match, Matched, match
+from lib_locon.models.blocks import place_of
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Patch, make_plan
@@ -39,10 +42,14 @@ class Use:
     def report(self, found: Match) -> AdapterReport:
         """What this use did to a model that it matched so."""
         report = AdapterReport.of(self.name or self.adapter.name, self.strengths, found)
+        notes: list[str] = []
         deaf = {item.layer.label for item in found.matched if not item.layer.family.truncates}
-        if self.dyn is None or not deaf:
-            return report
-        return replace(report, notes=(*report.notes, f"dyn has no meaning for {', '.join(sorted(deaf))}"))
+        if self.dyn is not None and deaf:
+            notes.append(f"dyn has no meaning for {', '.join(sorted(deaf))}")
+        if self.strengths.blocks is not None:
+            places = (place_of(item.component, item.view.path) for item in found.matched)
+            notes += self.strengths.blocks.notes(place.block for place in places)
+        return replace(report, notes=(*report.notes, *notes)) if notes else report
 
     def patch(self, item: Matched) -> Patch:
         """What this use does to one weight.
@@ -52,7 +59,9 @@ class Use:
         """
         layer = item.layer if self.dyn is None else item.layer.truncated(self.dyn)
         source = f"{self.adapter.identity}|{item.module}|{item.layer.family.name}|{self.dyn}"
-        return Patch(source, item.view, self.strengths.of(item.component), layer)
+        place = place_of(item.component, item.view.path) if self.strengths.by_layer else ()
+        strength = self.strengths.of(item.component, *place)
+        return Patch(source, item.view, strength, layer)
 
 
 class Session:
@@ -87,30 +96,40 @@ class Session:
 
         Raises PatchError when that fails anywhere; the model then has its base values, and no adapter.
         """
-        asked = (self.side_path, *((id(use.adapter), use.strengths, use.dyn, use.name) for use in uses))
-        last = self._state.last
-        if last is not None and last[0] == asked and self.engine.unchanged():
-            return last[1]
-        self._state.last = None
-        try:
-            matches = [self.match(use.adapter) for use in uses]
-            pairs = list(zip(uses, matches, strict=True))
-            plan = make_plan(use.patch(item) for use, found in pairs for item in found.matched)
-            merged, beside = self.side.split(plan, side=self.side_path)
-            written = self.side.set(beside) + self.engine.apply(merged)
-        except BaseException:
-            self.restore()  # half of a set is no set, and neither is the one before
-            raise
-        report = Report(tuple(use.report(found) for use, found in pairs), written=written)
-        # the uses are kept beside their ids: while they live, no other adapter can get one of these
-        self._state.last = asked, replace(report, written=0), tuple(uses)
-        return report
+        state = self._state
+        with state.lock:  # one set after the other: hooks of one and weights of another are no set
+            asked = (self.side_path, *((id(use.adapter), use.strengths, use.dyn, use.name) for use in uses))
+            last = state.last
+            if last is not None and last.holds(asked, self.engine):
+                return last.report
+            state.last = None
+            try:
+                matches = [self.match(use.adapter) for use in uses]
+                pairs = list(zip(uses, matches, strict=True))
+                plan = make_plan(use.patch(item) for use, found in pairs for item in found.matched)
+                reports = tuple(use.report(found) for use, found in pairs)
+                merged, beside = self.side.split(plan, side=self.side_path)
+                state.layers += [item.layer for found in matches for item in found.matched]
+                written = self.side.set(beside) + self.engine.apply(merged)
+            except BaseException:
+                self.restore()  # half of a set is no set, and neither is the one before
+                raise
+            # the uses are kept beside their ids: while they live, no other adapter can get one of these
+            state.last = _Last(asked, Report(reports), tuple(uses), self.engine.generation)
+            state.let_go({id(item.layer) for found in matches for item in found.matched})
+            return Report(reports, written=written)
 
     def restore(self) -> None:
         """Gives the model its base values back, bit for bit, and takes every hook off."""
-        self._state.last = None
-        self.side.clear()
-        self.engine.restore()
+        with self._state.lock:
+            self._state.last = None
+            try:
+                self.side.clear()
+            finally:
+                try:
+                    self.engine.restore()
+                finally:
+                    self._state.let_go()
 
     @property
     def active(self) -> bool:
@@ -119,10 +138,25 @@ class Session:
 
     def match(self, adapter: Adapter) -> Match:
         """What of the adapter fits the model; worked out once per adapter."""
-        found = self._state.matches.get(adapter)
-        if found is None:
-            found = self._state.matches[adapter] = match(adapter, self.table, self.side.unusable)
-        return found
+        with self._state.lock:
+            found = self._state.matches.get(adapter)
+            if found is None:
+                found = self._state.matches[adapter] = match(adapter, self.table, self.side.unusable)
+            return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Last:
+    """What was asked for last, and what came of it."""
+
+    asked: object
+    report: Report
+    uses: tuple[Use, ...]
+    generation: int
+
+    def holds(self, asked: object, engine: Engine) -> bool:
+        """Whether this is asked for again, and the model holds it still."""
+        return self.asked == asked and self.generation == engine.generation and engine.unchanged()
 
 
 @dataclass(eq=False)
@@ -132,8 +166,20 @@ class _State:
     table: TargetTable
     engine: Engine
     side: SidePath
-    last: tuple[object, Report, tuple[Use, ...]] | None = None
+    last: _Last | None = None
+    layers: list[Layer] = field(default_factory=list)
+    """Those that may have factors on the model's device."""
     matches: weakref.WeakKeyDictionary[Adapter, Match] = field(default_factory=weakref.WeakKeyDictionary)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def let_go(self, but: Collection[int] = ()) -> None:
+        """Frees the factors on other devices of all layers but these (by id)."""
+        layers, self.layers = self.layers, []
+        for layer in layers:
+            if id(layer) in but:
+                self.layers.append(layer)
+            else:
+                layer.release()
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
@@ -146,4 +192,5 @@ def _state_of(model: nn.Module) -> _State:
     if state is None or (dict(state.table.shapes) != dict(shapes) and not (state.engine.active or state.side.active)):
         table = TargetTable.of_shapes(shapes)
         state = _STATES[model] = _State(table, Engine(model), SidePath(model, combine))
+        weakref.finalize(model, state.let_go)  # its adapters may live on
     return state

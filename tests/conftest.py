@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib_locon.models.targets import View
-from lib_locon.patching.plan import Adder, Patch
+from lib_locon.patching.plan import Adder, LowRank, Patch
 
 # The same examples on every machine; HYPOTHESIS_PROFILE=default looks for new ones.
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
@@ -61,8 +62,11 @@ class Whole:
 
         return add
 
-    def low_rank(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def low_rank(self, device: torch.device) -> LowRank | None:
         return None
+
+    def bound(self) -> float:
+        return math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +82,13 @@ class Known(Whole):
             return (self.up @ self.down).to(base.device, base.dtype).reshape(base.shape)
         return self.whole.to(base.device, base.dtype)
 
-    def low_rank(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def bound(self) -> float:
         if self.whole is not None:
-            return None
-        return self.up.to(device, torch.float32), self.down.to(device, torch.float32)
+            return float(self.whole.abs().max())
+        return float(self.up.shape[1] * self.up.abs().max() * self.down.abs().max())
+
+    def low_rank(self, device: torch.device) -> LowRank | None:
+        return None if self.whole is not None else (self.up.to(device), self.down.to(device), 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -282,7 +282,7 @@ def _check_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:
 def _sane(adapter: Adapter) -> bool:
     """Whether no number is so large that a product of a few of them could overflow."""
     layers = [layer for module in adapter.modules for layer in module.layers]
-    tensors = [tensor for layer in layers for tensor in layer.tensors()]
+    tensors = [tensor for layer in layers for tensor in layer.tensors().values()]
     return all(abs(layer.scale) < 1e3 for layer in layers) and all(
         bool((tensor.float().abs() < 1e3).all()) for tensor in tensors
     )

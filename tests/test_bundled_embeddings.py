@@ -15,14 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lib_locon
-from extensions_builtin_shim.launch import ADAPTERS, launch
+from extensions_builtin_shim.launch import launch
+from extensions_builtin_shim.tiny_sd import TinySD
+from tests import random_adapters
 
 WORD = "bundle_emb.zorp.string_to_param.*"
 
 
 @pytest.fixture
 def webui(tmp_path: Path) -> Iterator[Any]:
-    running = launch(lora_dir=tmp_path)
+    running = launch(lora_dir=tmp_path, make_model=TinySD.random)
     yield running
     running.close()
 
@@ -34,7 +36,7 @@ def table() -> Any:
 
 
 def write(path: Path, extra: dict[str, Tensor], with_layers: bool = True) -> None:
-    layers = load_file(ADAPTERS / "tiny_lora.safetensors") if with_layers else {}
+    layers = load_file(random_adapters.folder() / "tiny_lora.safetensors") if with_layers else {}
     save_file({**layers, **extra}, path)
 
 

@@ -268,9 +268,39 @@ def test_one_tag_that_fails_stops_it_all_unless_it_is_to_be_skipped(desk: Desk, 
 
 
 def test_an_argument_that_is_not_understood_is_a_warning(desk: Desk) -> None:
-    code, _, stderr = desk.bake("<lora:style:1:lbw=ALL>")
+    code, _, stderr = desk.bake("<lora:style:1:foo=2>")
     assert code == 0
     assert "not understood" in stderr
+
+
+@pytest.mark.parametrize("strengths", ["1:0@0,1@1", "1:stop=20", "unet=0@0,1@0.5:lbw=OUTALL"])
+def test_what_depends_on_the_step_is_not_baked(desk: Desk, strengths: str) -> None:
+    tag = f"<lora:style:{strengths}>"
+    code, _, stderr = desk.bake(tag)
+    assert code == 2
+    assert "a checkpoint has no steps, and style is to be used at" in stderr
+    assert desk.nothing_written()
+    code, _, stderr = desk.bake(f"<lora:style:0.5>{tag}", "--skip-bad")
+    assert code == 0
+    assert "has no steps" in stderr
+    tensors = read_checkpoint(desk.out)[1]
+    assert {name: content for name, (_, _, content) in tensors.items()} == {
+        k: raw(v) for k, v in expected(0.5, 0.5).items()
+    }
+
+
+def test_block_weights_are_baked(desk: Desk) -> None:
+    assert desk.bake("<lora:style:1:lbw=NONE:*_blocks.*=0.5>")[0] == 0
+    assert json.loads(read_checkpoint(desk.out)[0]["locon_recipe"])["adapters"][0]["strengths"] == {
+        "te": 1,
+        "unet": 1,
+        "blocks": {"label": "NONE", "values": [0] * 17},
+        "layers": {"*_blocks.*": 0.5},
+    }
+    tensors = read_checkpoint(desk.out)[1]
+    assert {name: content for name, (_, _, content) in tensors.items()} == {
+        k: raw(v) for k, v in expected(0, 0).items()
+    }
 
 
 @pytest.mark.parametrize("strength", ["1e300", "1e39"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import lib_locon
 from lib_locon.families import FAMILIES
 from tests import conformance
 from tests.oracles.cases import Case, all_cases
@@ -32,6 +35,24 @@ def test_a_wrong_weight_is_noticed(tmp_path: Path) -> None:
     spoilt = {**case.tensors, "hada_w1_a": case.tensors["hada_w1_a"] * 1.001}
     wrong = Case(case.name, case.family, case.kind, case.source, spoilt, case.base, case.delta)
     assert len(list(conformance.wrong_cells(wrong, tmp_path))) >= 3
+
+
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
+def test_no_number_of_a_change_is_beyond_its_bound(case: Case, tmp_path: Path) -> None:
+    adapter = lib_locon.load(conformance.write_files(case, tmp_path))
+    model = nn.ModuleDict({"layer": conformance.layer_for(case)})
+    for item in lib_locon.Session(model).match(adapter).matched:
+        base = model.get_parameter(item.view.path).detach()
+        assert float(item.layer.delta(base).abs().max()) <= item.layer.bound() * (1 + 1e-5)
+
+
+def test_the_common_families_have_a_bound(tmp_path: Path) -> None:
+    finite = set()
+    for number, case in enumerate(all_cases()):
+        (tmp_path / str(number)).mkdir()
+        adapter = lib_locon.load(conformance.write_files(case, tmp_path / str(number)))
+        finite |= {case.family for module in adapter.modules for layer in module.layers if layer.bound() < math.inf}
+    assert {"lora", "tucker", "loha", "loha_tucker", "lokr", "full"} <= finite
 
 
 def test_every_field_names_a_suffix_and_a_shape() -> None:

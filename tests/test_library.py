@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,12 @@ import pytest
 import torch
 
 from lib_locon.errors import FileError, UnknownName
+from lib_locon.files.hashes import hashes_of
+from lib_locon.files.reader import FileIdentity
 from lib_locon.library import Library
 from lib_locon.prompt.grammar import parse_prompt
-from lib_locon.resolve import AdapterCache, resolve
+from lib_locon.prompt.request import Strengths
+from lib_locon.resolve import AdapterCache, find, resolve
 
 if TYPE_CHECKING:
     from tests.conftest import WriteAdapter
@@ -102,12 +107,102 @@ def test_names_near_an_unknown_one_are_named(shelf: Shelf) -> None:
     with pytest.raises(UnknownName) as caught:
         Library([shelf.folder]).find("WATERCOLOR_V2")
     assert "no adapter 'WATERCOLOR_V2'" in str(caught.value)
-    assert str(shelf.folder) in str(caught.value)
+    assert f"in {shelf.folder.name} (" in str(caught.value), "a folder is named, but not where it lies"
     assert "near it: Watercolour_v2" in str(caught.value)
     assert "ink" not in str(caught.value)
     with pytest.raises(UnknownName) as caught:
         Library([shelf.folder]).find("qqqqqq")
     assert "near it" not in str(caught.value)
+
+
+def test_names_near_a_trainers_name_and_a_path_are_named_too(shelf: Shelf) -> None:
+    shelf.put("v7", alias="Watercolour"), shelf.put("inks/dry_brush")
+    for near, name in (("Watercolour", "watercolor"), ("inks/dry_brush", "ink/dry_brush")):
+        with pytest.raises(UnknownName, match=f"near it: .*{near}"):
+            Library([shelf.folder]).find(name)
+
+
+# ---- by hash
+
+
+def body_hash(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+
+
+def test_a_hash_is_of_the_whole_file_or_of_its_tensors(shelf: Shelf) -> None:
+    path = shelf.put("x", alias="a", value=1.0)
+    shelf.put("y", alias="a", value=2.0)
+    library = Library([shelf.folder])
+    whole = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert hashes_of(FileIdentity.of(path)) == (whole, body_hash(path))
+    for digest in (whole, body_hash(path)):
+        for name in (f"#{digest}", f"#{digest[:12]}", f"#{digest[:8]}", f"#{digest[:8].upper()}"):
+            assert library.find(name).path == path
+
+
+def test_what_a_file_says_of_its_own_hash_is_not_believed(shelf: Shelf, write_adapter: WriteAdapter) -> None:
+    real = shelf.put("b", value=1.0)
+    digest = body_hash(real)
+    factors = {"lora_up.weight": torch.zeros(8, 2), "lora_down.weight": torch.ones(2, 12)}
+    for name, claimed in (("a", digest), ("c", "f" * 64)):
+        write_adapter(shelf.folder / f"{name}.safetensors", {"linear": factors}, {"sshs_model_hash": claimed})
+    assert Library([shelf.folder]).find(f"#{digest[:12]}").path == real
+    with pytest.raises(UnknownName, match=r"no adapter in .* has the hash #f{12}"):
+        Library([shelf.folder]).find("#ffffffffffff")
+
+
+def test_the_file_that_says_so_is_read_first_and_then_no_other(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = body_hash(shelf.put("z", value=3.0))
+    for name in ("a", "b"):
+        shelf.put(name)
+    write = shelf._write
+    factors = {"lora_up.weight": torch.full((8, 2), 3.0), "lora_down.weight": torch.ones(2, 12)}
+    path = write(shelf.folder / "z.safetensors", {"linear": factors}, {"sshs_model_hash": digest})
+    assert body_hash(path) == digest
+    seen: list[str] = []
+
+    def counted(identity: FileIdentity) -> tuple[str, str]:
+        seen.append(Path(identity.path).stem)
+        return hashes_of(identity)
+
+    monkeypatch.setattr("lib_locon.library.hashes_of", counted)
+    assert Library([shelf.folder]).find(f"#{digest[:12]}").path == path
+    assert seen == ["z"]
+    assert Library([shelf.folder]).find(f"#{digest[:8]}").path == path
+    assert seen == ["z", "z", "a", "b"]  # so few digits could be those of two
+
+
+def test_two_files_of_one_hash_are_an_error_that_names_both(shelf: Shelf) -> None:
+    digest = body_hash(shelf.put("x", alias="one"))
+    shelf.put("y", alias="two")
+    with pytest.raises(UnknownName, match=r"could be any of these: x, y"):
+        Library([shelf.folder]).find(f"#{digest[:8]}")
+
+
+def test_names_come_before_hashes(shelf: Shelf) -> None:
+    digest = body_hash(shelf.put("x"))
+    named = shelf.put(f"#{digest[:8]}", value=2.0)
+    assert Library([shelf.folder]).find(f"#{digest[:8]}").path == named
+
+
+def test_what_is_no_hash(shelf: Shelf) -> None:
+    digest = body_hash(shelf.put("x"))
+    with pytest.raises(UnknownName, match="too short for a hash"):
+        Library([shelf.folder]).find(f"#{digest[:7]}")
+    for name in ("#", "#x", f"#{digest[:7]}g", digest[:12], f" #{digest[:12]}"):
+        with pytest.raises(UnknownName, match="no adapter"):
+            Library([shelf.folder]).find(name)
+
+
+def test_a_file_that_cannot_be_read_has_no_hash(shelf: Shelf) -> None:
+    path = shelf.put("x")
+    digest = hashlib.sha256(b"<html>").hexdigest()
+    (shelf.folder / "page.safetensors").write_bytes(b"<html>")
+    library = Library([shelf.folder])
+    assert library.find(f"#{body_hash(path)[:8]}").path == path
+    with pytest.raises(UnknownName):
+        library.find(f"#{digest[:8]}")
 
 
 # ---- what changes on the disk
@@ -241,11 +336,24 @@ def test_a_file_trained_anew_under_the_same_name_is_read_anew(shelf: Shelf) -> N
 def test_the_cache_keeps_the_adapters_used_last(shelf: Shelf) -> None:
     cache = AdapterCache(most=2)
     paths = [shelf.put(name) for name in "abc"]
-    a, b = cache.read(paths[0]), cache.read(paths[1])
-    assert cache.read(paths[0]) is a
+    first, second = (weakref.ref(cache.read(path)) for path in paths[:2])
+    cache.read(paths[0])
     cache.read(paths[2])
-    assert cache.read(paths[0]) is a
-    assert cache.read(paths[1]) is not b
+    assert second() is None
+    assert cache.read(paths[0]) is first()
+    cache.keep(1)
+    assert cache.read(paths[0]) is first()
+    cache.keep(0)
+    assert first() is None
+
+
+def test_what_is_in_use_is_not_read_anew_however_few_are_kept(shelf: Shelf) -> None:
+    cache, path = AdapterCache(most=0), shelf.put("x")
+    used = cache.read(path)
+    assert cache.read(path) is used
+    gone = weakref.ref(used)
+    del used
+    assert gone() is None
 
 
 def test_a_file_that_goes_away_is_an_error_in_spite_of_the_cache(shelf: Shelf) -> None:
@@ -262,10 +370,24 @@ def test_a_tag_that_fails_is_left_out_alone(shelf: Shelf) -> None:
     (shelf.folder / "broken.safetensors").write_bytes(b"<!DOCTYPE html>")
     requests = parse_prompt("<lora:god:1><lora:good:0.5:0.25:1><lora:broken:1>").requests
     uses, problems = resolve(requests, Library([shelf.folder]), AdapterCache())
-    assert [(use.name, use.strengths, use.dyn) for use in uses] == [("good", (0.5, 0.25), 1)]
+    assert [(use.name, use.strengths, use.dyn) for use in uses] == [("good", Strengths(0.5, 0.25), 1)]
     unknown, broken = map(str, problems)
     assert "no adapter 'god'" in unknown
     assert "near it: good" in unknown
     assert "'god' was skipped" in unknown
     assert "is a web page" in broken
     assert "'broken' was skipped" in broken
+
+
+def test_the_uses_of_any_moment_share_the_adapters_that_were_read_once(shelf: Shelf) -> None:
+    path = shelf.put("x")
+    requests = parse_prompt("<lora:x:1:0@0,1@1><lora:x:0.5:hr=0.25>").requests
+    found, problems = find(requests, Library([shelf.folder]), AdapterCache())
+    path.unlink()
+    assert not problems
+    assert found.scheduled
+    first, later, hires = found.at(), found.at(2, 6), found.at(2, 6, hires=True)
+    assert [use.strengths.unet for use in first] == [0, 0.5]
+    assert [use.strengths.unet for use in later] == [0.5, 0.5]
+    assert [use.strengths.unet for use in hires] == [0.5, 0.25]
+    assert len({id(use.adapter) for uses in (first, later, hires) for use in uses}) == 1

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import pytest
+from PIL import Image
 from safetensors.torch import save_file
 from torch import ones
 
 from extensions_builtin_shim.launch import ADAPTERS, CHECKOUT, launch
+
+FILES = CHECKOUT / "extensions_builtin_shim" / "page" / "files"
+ONE, OTHER = sorted(path.stem for path in ADAPTERS.glob("*.safetensors"))[:2]
+HTML = "<img src=x onerror=alert(1)>"
 
 
 class Client:
@@ -44,15 +54,20 @@ class Client:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A server with the shipped adapters and one whose name would be HTML."""
+    """A server with the shipped adapters, one whose name would be HTML, and one with a preview and words beside it."""
     folder = tmp_path_factory.mktemp("adapters")
-    for path in ADAPTERS.iterdir():
+    for path in ADAPTERS.glob("*.safetensors"):
         (folder / path.name).symlink_to(path)
-    save_file({"x.alpha": ones(1)}, folder / "<img src=x onerror=alert(1)>.safetensors")
+    save_file({"x.alpha": ones(1)}, folder / f"{HTML}.safetensors")
+    Image.new("RGB", (4, 4), "red").save(folder / f"{ONE}.preview.png")
+    Image.new("RGB", (4, 4), "red").save(tmp_path_factory.getbasetemp() / "secret.png")
+    (folder / "secret.txt").write_text("secret")
+    words = {"description": HTML, "activation text": 'glow "x" \\ </script>', "preferred weight": 0.7}
+    (folder / f"{ONE}.json").write_text(json.dumps({**words, "negative text": "ugly"}))
     with launch(lora_dir=folder) as webui:
         from extensions_builtin_shim.page import Server
 
-        server = Server(webui, folder, 0)
+        server = Server(webui, 0)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield Client(server.server_address[1])
@@ -66,47 +81,115 @@ def request(**changes: Any) -> dict[str, Any]:
 
 
 def test_page_and_its_parts(served: Client) -> None:
-    kinds = {"/": "text/html", "/page.js": "text/javascript", "/page.css": "text/css", "/?x": "text/html"}
-    for path, kind in kinds.items():
+    parts = ["/page.css", *(f"/{path.name}" for path in FILES.glob("*.mjs")), *added(served)]
+    for path in ["/", "/?x", *parts]:
         status, headers, content = served.raw("GET", path)
+        kind = {".mjs": "text/javascript", ".css": "text/css"}.get(Path(path).suffix, "text/html")
         assert (status, headers.get_content_type()) == (200, kind)
         assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert "unsafe" not in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert b"://" not in content  # no resource from elsewhere
-    script = served.raw("GET", "/page.js")[2].decode()
-    assert "innerHTML" not in script
-    assert "insertAdjacentHTML" not in script
+        assert all(way not in content for way in (b"innerHTML", b"insertAdjacentHTML", b"outerHTML", b"eval("))
 
 
-def test_page_has_what_it_should() -> None:
-    page = (CHECKOUT / "extensions_builtin_shim" / "page.html").read_text()
-    script = (CHECKOUT / "extensions_builtin_shim" / "page.js").read_text()
-    for name in ("prompt", "seed", "steps", "generate", "image", "adapters", "comments", "status"):
-        assert f'id="{name}"' in page
-        assert f'at("{name}")' in script
+def added(served: Client) -> list[str]:
+    """What the extensions put into the page."""
+    page = served.raw("GET", "/")[2].decode()
+    return [f"/{address}" for address in re.findall(r'(?:src|href)="(file=[^"]*)"', page)]
+
+
+def test_scripts_and_styles_of_the_extension(served: Client) -> None:
+    """Fact: "`.mjs` are served as modules, each also as its own `<script>` tag." """
+    root = "/file=extensions/sd-webui-locon"
+    assert added(served) == [f"{root}/javascript/locon.mjs", f"{root}/javascript/locon_tags.mjs", f"{root}/style.css"]
+    for other in ("/install.py", "/javascript/../install.py", "/../../etc/passwd", ""):
+        assert served.raw("GET", root + other)[0] == 404
+
+
+def test_every_id_that_the_scripts_ask_for_is_there() -> None:
+    page = (FILES / "page.html").read_text()
+    asked = {name for path in FILES.glob("*.mjs") for name in re.findall(r'\bat\("([^"]+)"\)', path.read_text())}
+    assert len(asked) > 15
+    assert [name for name in asked if f'id="{name}"' not in page] == []
     assert 'lang="en"' in page
-    assert "<label" in page
 
 
 def test_generate(served: Client) -> None:
     status, plain = served.ask("POST", "/api/generate", request())
     assert status == 200
-    assert base64.b64decode(plain["image"].removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    status, run = served.ask("POST", "/api/generate", request(prompt="cat <lora:tiny_lora:1><lora:none:1>"))
+    (image,) = plain["images"]
+    png = base64.b64decode(image["image"].removeprefix("data:image/png;base64,"))
+    assert png.startswith(b"\x89PNG")
+    assert Image.open(io.BytesIO(png)).text == {"parameters": image["infotext"]}  # type: ignore[attr-defined]
+    status, run = served.ask("POST", "/api/generate", request(prompt=f"cat <lora:{ONE}:1><lora:none:1>"))
     assert status == 200
-    assert run["image"] != plain["image"]
-    assert [adapter["name"] for adapter in run["adapters"]] == ["tiny_lora"]
+    assert run["images"][0]["image"] != image["image"]
+    assert [adapter["name"] for adapter in run["adapters"]] == [ONE]
     assert any("no adapter 'none'" in comment for comment in run["comments"])
-    assert served.ask("POST", "/api/generate", request())[1]["image"] == plain["image"]
+    assert served.ask("POST", "/api/generate", request())[1]["images"] == [image]
     assert served.ask("POST", "/api/generate", {"prompt": "", "steps": 1, "negative_prompt": "x"})[0] == 200
 
 
+def test_several_images(served: Client) -> None:
+    both = served.ask("POST", "/api/generate", request(count=2))[1]["images"]
+    assert [image["seed"] for image in both] == [1, 2]
+    assert served.ask("POST", "/api/generate", request(seed=2))[1]["images"] == both[1:]
+
+
+def test_guidance_counts(served: Client) -> None:
+    images = [served.ask("POST", "/api/generate", request(guidance=value))[1]["images"] for value in (1, 7.5)]
+    assert images[0][0]["sha256"] != images[1][0]["sha256"]
+    assert "CFG scale: 7.5" in images[1][0]["infotext"]
+
+
+def test_random_seed(served: Client) -> None:
+    seeds = {served.ask("POST", "/api/generate", request(seed=-1))[1]["images"][0]["seed"] for _ in range(2)}
+    assert len(seeds) == 2
+    assert -1 not in seeds
+
+
+def test_progress_and_interrupt(served: Client) -> None:
+    answers: list[Any] = []
+    body = request(steps=200, count=16)
+    thread = threading.Thread(target=lambda: answers.append(served.ask("POST", "/api/generate", body)))
+    thread.start()
+    seen = [0.0]
+    while len(seen) < 4:
+        seen.append(served.ask("GET", "/api/progress")[1]["progress"])
+        if seen[-1] == seen[-2]:
+            seen.pop()
+        time.sleep(0.01)
+    assert seen == sorted(seen)
+    assert seen[-1] < 1
+    assert served.ask("POST", "/api/interrupt", {}) == (200, {})
+    thread.join(60)
+    status, made = answers[0]
+    assert status == 200
+    assert made["interrupted"]
+    assert 1 <= len(made["images"]) < 16
+    assert served.ask("GET", "/api/progress")[1]["progress"] == 0
+    assert not served.ask("POST", "/api/generate", request())[1]["interrupted"]
+
+
+def test_infotext_is_read_back(served: Client) -> None:
+    made = served.ask("POST", "/api/generate", request(prompt=f"cat, <lora:{ONE}:0.5>\nred", negative_prompt="x"))[1]
+    fields = served.ask("POST", "/api/read-parameters", {"text": made["images"][0]["infotext"]})[1]
+    known = {key: fields[key] for key in ("Prompt", "Negative prompt", "Steps", "Seed", "CFG scale")}
+    assert known == {
+        "Prompt": f"cat, <lora:{ONE}:0.5>\nred", "Negative prompt": "x", "Steps": "1", "Seed": "1",
+        "CFG scale": "5.0",
+    }  # fmt: skip
+    assert "Steps" not in served.ask("POST", "/api/read-parameters", {"text": "only words, no: text"})[1]
+
+
 def test_one_generation_at_a_time(served: Client) -> None:
-    prompts = ["cat", "cat <lora:tiny_lora:1>"] * 3
+    prompts = ["cat", f"cat <lora:{ONE}:1>"] * 3
     answers: dict[int, Any] = {}
 
     def ask(index: int) -> None:
-        answers[index] = served.ask("POST", "/api/generate", request(prompt=prompts[index], steps=2))[1]["sha256"]
+        made = served.ask("POST", "/api/generate", request(prompt=prompts[index], steps=2))[1]
+        answers[index] = made["images"][0]["sha256"]
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
     for thread in threads:
@@ -117,11 +200,52 @@ def test_one_generation_at_a_time(served: Client) -> None:
     assert answers[0] != answers[1]
 
 
-def test_adapters(served: Client) -> None:
-    status, data = served.ask("GET", "/api/adapters")
+def test_cards(served: Client) -> None:
+    status, data = served.ask("GET", "/api/cards")
     assert status == 200
-    names = [adapter["name"] for adapter in data["adapters"]]
-    assert names == ["<img src=x onerror=alert(1)>", *sorted(path.stem for path in ADAPTERS.iterdir())]
+    (page,) = data["pages"]
+    cards = {card["name"]: card for card in page["cards"]}
+    assert list(cards) == [HTML, *sorted(path.stem for path in ADAPTERS.glob("*.safetensors"))]
+    card = cards[ONE]
+    assert card["prompt"] == f'<lora:{ONE}:0.7> glow "x" \\ </script>'
+    assert card["negative_prompt"] == "(ugly:1)"
+    assert card["description"] == HTML
+    assert card["locon"]["family"]
+    assert int(card["locon"]["rank"]) > 0
+    assert card["locon"]["base"] == "this model"
+    assert cards[OTHER]["prompt"] == f"<lora:{OTHER}:1>"
+    assert "no adapter" in cards[HTML]["locon"]["problem"]
+    status, headers, content = served.raw("GET", card["preview"].removeprefix("."))
+    assert (status, headers.get_content_type(), content[:4]) == (200, "image/png", b"\x89PNG")
+
+
+def test_previews_come_from_the_adapter_folders_only(served: Client) -> None:
+    preview = next(
+        card["preview"] for card in served.ask("GET", "/api/cards")[1]["pages"][0]["cards"] if card["preview"]
+    )
+    folder = unquote(preview.partition("filename=")[2].partition("&")[0]).rpartition("/")[0]
+    names = (f"{folder}/../../secret.png", f"{folder}/secret.txt", f"{folder}/{ONE}.safetensors", "/etc/passwd", "")
+    for name in names:
+        assert served.ask("GET", f"/sd_extra_networks/thumb?filename={quote(name)}")[0] == 404
+    assert served.ask("GET", f"/sd_extra_networks/cover-images?page=lora&item={ONE}")[0] == 404
+
+
+def test_refresh_finds_new_files(served: Client, tmp_path: Path) -> None:
+    def names() -> list[str]:
+        return [card["name"] for card in served.ask("GET", "/api/cards?refresh=1")[1]["pages"][0]["cards"]]
+
+    assert "tiny_new" not in names()
+    folder = Path(served.ask("GET", "/api/cards")[1]["pages"][0]["folders"][0])
+    new = folder / "tiny_new.safetensors"
+    new.symlink_to(make_copy(tmp_path))
+    assert "tiny_new" in names()
+    new.unlink()
+    assert "tiny_new" not in names()
+
+
+def make_copy(folder: Path) -> Path:
+    """One file is one adapter, under whichever names: so a new one needs a file of its own."""
+    return Path(shutil.copy(ADAPTERS / f"{ONE}.safetensors", folder / "copy.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +253,7 @@ def test_adapters(served: Client) -> None:
     [
         (404, "GET", "/none", None, {}, "there is nothing at /none"),
         (404, "GET", "/../page.py", None, {}, "there is nothing at"),
-        (404, "GET", "/page.py", None, {}, "there is nothing at"),
+        (404, "GET", "/page.html", None, {}, "there is nothing at"),
         (405, "POST", "/", None, {}, "/ is for GET requests"),
         (405, "GET", "/api/generate", None, {}, "/api/generate is for POST requests"),
         (501, "PUT", "/", None, {}, "Unsupported method"),
@@ -144,11 +268,17 @@ def test_adapters(served: Client) -> None:
         (400, "POST", "/api/generate", {"prompt": "x", "seed": True}, {}, "the seed must be a whole number"),
         (400, "POST", "/api/generate", {"prompt": "x", "steps": 10**9}, {}, "the steps must be a whole number"),
         (400, "POST", "/api/generate", {"prompt": "x", "stepps": 1}, {}, "unknown: stepps"),
+        (400, "POST", "/api/generate", {"prompt": "x", "guidance": "5"}, {}, "the guidance must be a number"),
+        (400, "POST", "/api/generate", {"prompt": "x", "guidance": 1e9}, {}, "the guidance must be a number"),
+        (400, "POST", "/api/generate", {"prompt": "x", "count": 0}, {}, "the number of images must be"),
+        (400, "POST", "/api/read-parameters", {}, {}, "a prompt must be a text"),
+        (405, "GET", "/api/interrupt", None, {}, "/api/interrupt is for POST requests"),
+        (404, "GET", "/sd_extra_networks/cover-images?page=x", None, {}, "there is no such picture"),
         (413, "POST", "/api/generate", b" " * 70_000, {}, "may have 65536 bytes"),
         (411, "POST", "/api/generate", {}, {"Content_Length": "-1"}, "must say how long it is"),
         (415, "POST", "/api/generate", {}, {"Content_Type": "text/plain"}, "must be application/json"),
         (403, "GET", "/", None, {"Host": "evil.example"}, "answers only as 127.0.0.1"),
-        (403, "GET", "/api/adapters", None, {"Host": "127.0.0.1.evil.example:7870"}, "answers only as 127.0.0.1"),
+        (403, "GET", "/api/cards", None, {"Host": "127.0.0.1.evil.example:7870"}, "answers only as 127.0.0.1"),
         (403, "POST", "/api/generate", {"prompt": "x"}, {"Origin": "http://evil.example"}, "other sites"),
         (403, "POST", "/api/generate", {"prompt": "x"}, {"Origin": "null"}, "other sites"),
     ],
@@ -160,12 +290,12 @@ def test_refusals(
     assert got == status
     assert data.keys() == {"error"}
     assert message in data["error"]
-    assert served.ask("GET", "/api/adapters")[0] == 200
+    assert served.ask("GET", "/api/cards")[0] == 200
 
 
 def test_own_origin_and_localhost(served: Client) -> None:
     host = f"localhost:{served.port}"
-    assert served.ask("GET", "/api/adapters", Host=host, Origin=f"http://{host}")[0] == 200
+    assert served.ask("GET", "/api/cards", Host=host, Origin=f"http://{host}")[0] == 200
 
 
 def test_failure_is_told(served: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,10 +318,10 @@ def test_listens_on_this_machine_only(served: Client) -> None:
             assert outside.connect_ex((str(address), served.port)) != 0
 
 
-def test_taken_port(served: Client, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_taken_port(served: Client, capsys: pytest.CaptureFixture[str]) -> None:
     from extensions_builtin_shim.page import serve
 
-    assert serve(None, tmp_path, served.port) == 1  # type: ignore[arg-type]
+    assert serve(None, served.port) == 1  # type: ignore[arg-type]
     told = capsys.readouterr().err
     assert f"port {served.port} of 127.0.0.1 cannot be had" in told
     assert "another --port" in told

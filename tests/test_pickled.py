@@ -134,7 +134,7 @@ def test_a_table_of_tensors_is_what_safetensors_would_be(content: Any, tmp_path:
 def test_the_header_only(tmp_path: Path) -> None:
     adapter = lib_locon.load(save(tmp_path / "a.ckpt", factors()), allow_pickle=True, header_only=True)
     (layer,) = adapter.modules[0].layers
-    assert all(tensor.is_meta for tensor in layer.tensors())
+    assert all(tensor.is_meta for tensor in layer.tensors().values())
     assert (layer.alpha, adapter.name, adapter.metadata) == (1.0, "a", {})
 
 
@@ -142,7 +142,7 @@ def test_the_header_only(tmp_path: Path) -> None:
 def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", {key: tensor.to(dtype) for key, tensor in factors().items()})
     (layer,) = lib_locon.load(path, allow_pickle=True).modules[0].layers
-    assert [tensor.dtype for tensor in layer.tensors()] == [dtype, dtype]
+    assert [tensor.dtype for tensor in layer.tensors().values()] == [dtype, dtype]
 
 
 def test_torch_is_asked_for_weights_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

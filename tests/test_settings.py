@@ -10,14 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from extensions_builtin_shim.launch import ADAPTERS, launch
+from extensions_builtin_shim.launch import launch
+from extensions_builtin_shim.tiny_sd import TinySD
 from lib_locon.settings import ALLOW_PICKLE, SETTINGS, SIDE_PATH
+from tests import random_adapters
 
 
 @pytest.fixture
 def webui(tmp_path: Path) -> Iterator[Any]:
-    torch.save(load_file(ADAPTERS / "tiny_lora.safetensors"), tmp_path / "old.pt")
-    running = launch(lora_dir=tmp_path)
+    torch.save(load_file(random_adapters.folder() / "tiny_lora.safetensors"), tmp_path / "old.pt")
+    running = launch(lora_dir=tmp_path, make_model=TinySD.random)
     yield running
     running.close()
 
@@ -54,7 +56,7 @@ def test_the_side_path_gives_the_same_image_and_writes_no_weight(webui: Any, tmp
         pixels: bytes = webui.generate(prompt, seed=1, steps=4).image.tobytes()
         return pixels
 
-    (tmp_path / "new.safetensors").write_bytes((ADAPTERS / "tiny_locon.safetensors").read_bytes())
+    (tmp_path / "new.safetensors").write_bytes((random_adapters.folder() / "tiny_locon.safetensors").read_bytes())
     with_adapter = "a circle <lora:new:0.5>"
     plain, base, merged = image("a circle"), weights(), image(with_adapter)
     assert merged != plain

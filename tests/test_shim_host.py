@@ -436,7 +436,109 @@ def test_interrupt(start: Start) -> None:
     assert len(generate("a", n_iter=3).images) == 1
 
 
-@pytest.mark.parametrize("name", ["extra_networks", "script_callbacks", "shared", "sd_models", "processing", "scripts"])
+def test_progress_of_a_job(start: Start) -> None:
+    """A job tells how many batches it has, which of them runs, and which step of it."""
+    from modules import progress
+
+    seen: list[tuple[int, int, int, int]] = []
+    start({})
+    state = shared.state
+    script_callbacks.on_cfg_denoiser(
+        lambda _: seen.append((state.job_no, state.job_count, state.sampling_step, round(progress.fraction() * 4)))
+    )
+    state.begin("txt2img")
+    assert progress.fraction() == 0
+    process_images(StableDiffusionProcessingTxt2Img(prompt="a", seed=1, steps=2, n_iter=2))
+    assert seen == [(0, 2, 0, 0), (0, 2, 1, 1), (1, 2, 0, 2), (1, 2, 1, 3)]
+    assert progress.fraction() == 1
+    state.end()
+    assert progress.fraction() == 0
+
+
+def test_denoiser_callback(start: Start) -> None:
+    """`on_cfg_denoiser` is called before each call of the denoising network, with the host's attributes."""
+    calls: list[script_callbacks.CFGDenoiserParams] = []
+    start({})
+    without = process_images(StableDiffusionProcessingTxt2Img(prompt="a", negative_prompt="b", seed=1, steps=3))
+    script_callbacks.on_cfg_denoiser(calls.append)
+    p = StableDiffusionProcessingTxt2Img(prompt="a", negative_prompt="b", seed=1, steps=3)
+    assert process_images(p).images[0].tobytes() == without.images[0].tobytes()
+    assert [(call.sampling_step, call.total_sampling_steps) for call in calls] == [(0, 3), (1, 3), (2, 3)]
+    sigmas = [float(call.sigma) for call in calls]
+    assert sigmas == sorted(sigmas, reverse=True)
+    with torch.no_grad():
+        texts = p.sd_model.learned_conditioning(["a", "b"])
+    for call in calls:
+        assert torch.equal(call.text_cond, texts[:1])
+        assert torch.equal(call.text_uncond, texts[1:])
+        assert call.x.shape[0] == 1
+        assert call.denoiser.p is p  # type: ignore[attr-defined]
+
+
+PAGE = """
+from modules import script_callbacks, ui_extra_networks
+from host_events import events
+class Page(ui_extra_networks.ExtraNetworksPage):
+    def __init__(self):
+        super().__init__("Lora")
+    def list_items(self):
+        return []
+"""
+
+
+def test_pages_of_cards(start: Start, events: Events) -> None:
+    """Fact: "Card pages: cleared in `initialize_rest`, built right after `before_ui`; register there.
+    `ui_extra_networks.register_page` only appends: a second page named "Lora" would stand beside the first."
+    """
+    from modules import ui_extra_networks
+
+    script = PAGE + (
+        "ui_extra_networks.register_page(Page())\n"
+        "script_callbacks.on_before_ui(lambda: ui_extra_networks.register_page(Page()))\n"
+        "names = lambda: [page.name for page in ui_extra_networks.extra_pages]\n"
+        "script_callbacks.on_ui_settings(lambda: events.append(names()))\n"
+    )
+    start({"a": {"scripts/s.py": script}, "b": {"scripts/s.py": script}})
+    assert events == [["lora", "lora"]] * 2  # those of before_ui, and not those of the scripts
+    initialize.reload_ui()
+    assert len(ui_extra_networks.extra_pages) == 2
+
+
+def test_previews_are_served_from_registered_folders_only(start: Start, tmp_path: Path) -> None:
+    """Fact: "Thumbnails and previews are served only from registered directories." """
+    from modules import ui_extra_networks
+
+    for name in ("in/a.png", "in/a.txt", "out/a.png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    script = PAGE + (
+        f"Page.allowed_directories_for_previews = lambda self: [{str(tmp_path / 'in')!r}]\n"
+        "script_callbacks.on_before_ui(lambda: ui_extra_networks.register_page(Page()))\n"
+    )
+    start({"a": {"scripts/s.py": script}})
+    assert ui_extra_networks.fetch_file(str(tmp_path / "in/a.png")).read_bytes() == b"x"
+    for name in ("in/a.txt", "out/a.png", "in/../out/a.png"):
+        with pytest.raises(ValueError, match=r"is no picture|in no folder"):
+            ui_extra_networks.fetch_file(str(tmp_path / name))
+
+
+def test_infotext_is_parsed(start: Start, events: Events) -> None:
+    """Fact: "`infotext_pasted` fires on paste in the UI" """
+    from modules import infotext_utils
+
+    start({})
+    script_callbacks.on_infotext_pasted(lambda text, fields: fields.update(Prompt=fields["Prompt"].upper()))
+    text = 'a: b, c\nd\nNegative prompt: e\nf\nSteps: 3, CFG scale: 5.0, Seed: 1, Lora hashes: "a: 1, b: \\"2\\""'
+    assert infotext_utils.paste_fields(text) == {
+        "Prompt": "A: B, C\nD", "Negative prompt": "e\nf", "Steps": "3", "CFG scale": "5.0", "Seed": "1",
+        "Lora hashes": 'a: 1, b: "2"',
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["extra_networks", "script_callbacks", "shared", "sd_models", "processing", "scripts", "ui_extra_networks"]
+)
 def test_anything_else_raises(name: str) -> None:
     """The extension gets nothing here that the real host would not give it."""
     module = getattr(__import__(f"modules.{name}"), name)
@@ -444,6 +546,6 @@ def test_anything_else_raises(name: str) -> None:
         _ = module.anything
     assert getattr(module, "anything", None) is None
     with pytest.raises(ImportError):
-        __import__("modules.ui_extra_networks")
+        __import__("modules.ui_toprow")
     with pytest.raises(AttributeError, match="has no setting 'sd_lora'"):
         _ = shared.opts.sd_lora

@@ -30,9 +30,9 @@ from lib_locon.models.targets import View
 from lib_locon.patching.plan import Patch, Plan, make_plan
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import decode, encode, logical_shapes, which_path
+from tests import random_adapters
 from tests.oracles import naive
 
-ADAPTERS = Path("extensions_builtin_shim/tiny_sd/models/Lora")
 FP8 = torch.float8_e4m3fn
 NOISE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -645,7 +645,8 @@ def plan_for(model: nn.Module, *uses: tuple[str, float]) -> Plan:
     session = lib_locon.Session(model)
     patches = []
     for name, strength in uses:
-        use = lib_locon.Use(lib_locon.load(ADAPTERS / f"{name}.safetensors"), lib_locon.Strengths.both(strength))
+        adapter = lib_locon.load(random_adapters.folder() / f"{name}.safetensors")
+        use = lib_locon.Use(adapter, lib_locon.Strengths.both(strength))
         found = session.match(use.adapter)
         assert found.matched and not found.unmatched
         patches += [use.patch(item) for item in found.matched]

@@ -696,3 +696,51 @@ def test_a_parameter_s_key(path: str, key: str) -> None:
 def test_the_name_as_it_is_comes_before_other_spellings() -> None:
     for path, other in (("diffusion_model.a", "model.diffusion_model.a"), ("a.wrapped.b", "a.b")):
         assert checkpoint_keys([path], {path, other}) == {path: path}
+
+
+# ---- copies that nobody uses now
+
+
+@pytest.mark.parametrize("policy", ["ram", "device"])
+def test_an_unused_copy_serves_the_next_adapter(zoo: Zoo, plan: Callable[..., Plan], policy: Policy) -> None:
+    model = zoo()
+    base = weights(model)
+    engine = Engine(model)
+    engine.store = store = BaseStore(policy)
+    engine.apply(plan(model, 1))
+    places = {path: store.save(path, weight).data_ptr() for path, weight in model.named_parameters()}
+    engine.apply({})
+    assert (engine.active, ways(store)) == (False, {})
+    assert store.nbytes == sum(weight.nbytes for weight in model.parameters())
+    engine.apply(plan(model, 2))
+    assert {path: store.save(path, weight).data_ptr() for path, weight in model.named_parameters()} == places
+    engine.restore()
+    assert (weights(model), store.nbytes) == (base, 0)
+
+
+def test_an_unused_copy_is_given_back_where_that_is_asked_for(zoo: Zoo, plan: Callable[..., Plan]) -> None:
+    model = zoo()
+    engine = Engine(model)
+    for early in (True, False):
+        engine.store.free_unused = early
+        engine.apply(plan(model, 1))
+        assert engine.base_bytes > 0
+        engine.apply({})
+        assert (engine.base_bytes > 0) is not early
+        assert ("wait for the next adapter" in str(engine.store.report())) is not early
+    engine.store.free_unused = True  # what is kept already, too
+    assert engine.base_bytes == 0
+
+
+def test_an_unused_copy_is_never_taken_for_a_base_that_it_is_not(zoo: Zoo, plan: Callable[..., Plan]) -> None:
+    model = zoo()
+    engine = Engine(model)
+    engine.apply(plan(model, 1))
+    engine.apply({})
+    for weight in model.parameters():
+        weight.data[..., :1] += 1  # through `.data`: torch does not count this write
+    base = weights(model)
+    engine.apply(plan(model, 2))
+    assert weights(model) != base
+    engine.apply({})
+    assert weights(model) == base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from extensions_builtin_shim.tiny_sd import Config, TinySD, load, sample, save, to_image
+from extensions_builtin_shim.tiny_sd.model import FirstStage
 from extensions_builtin_shim.tiny_sd.sampler import as_pictures, timesteps
 from extensions_builtin_shim.tiny_sd.tokenizer import FIRST_SPARE, FIRST_WORD, WORDS, Tokenizer
 
@@ -77,6 +79,16 @@ def test_every_width_has_every_module(config: Config) -> None:
     assert sum(UNET_LEAVES.values()) == 391
 
 
+def test_the_trained_width_lacks_two_modules() -> None:
+    """Its levels are equally wide, so that the skips into them need no convolution."""
+    names, all_names = (
+        {name.rpartition(".")[0] for name, _ in TinySD.skeleton(config).named_parameters()}
+        for config in (Config.trained(), Config.tiny())
+    )
+    assert all_names - names == {f"model.diffusion_model.input_blocks.{n}.0.skip_connection" for n in (4, 7)}
+    assert not names - all_names
+
+
 def test_names_are_those_of_the_host() -> None:
     unet, text = "model.diffusion_model.", "cond_stage_model.wrapped.transformer.text_model."
     shapes = {name: tuple(tensor.shape) for name, tensor in TinySD.skeleton(Config.sd15()).named_parameters()}
@@ -119,6 +131,12 @@ def test_the_same_seed_paints_the_same_bytes(model: TinySD) -> None:
     assert first.shape == (1, 3, 32, 32) and first.dtype == torch.float32
     assert to_image(first).tobytes() == to_image(second).tobytes()
     assert torch.equal(first, second)
+
+
+def test_several_prompts_are_painted_at_once(model: TinySD) -> None:
+    batch = sample(model, [PROMPT, "a blue square"], seed=3, steps=4)
+    singles = torch.cat([paint(model, seed=3), paint(model, "a blue square", seed=4)])
+    torch.testing.assert_close(batch, singles, atol=1e-3, rtol=0)
 
 
 def test_a_batch_holds_the_pictures_of_the_seeds_that_follow(model: TinySD) -> None:
@@ -221,6 +239,23 @@ def test_latents_of_a_picture_give_it_back(model: TinySD) -> None:
     assert latents.shape == (2, 4, 8, 8)
     torch.testing.assert_close(model.first_stage_model.decode(latents), picture)
     torch.testing.assert_close(as_pictures(model.first_stage_model, latents), latents)
+    first_stage = FirstStage(patch=2)
+    latents = first_stage.encode(picture)
+    assert latents.shape == (2, 12, 4, 4)
+    torch.testing.assert_close(first_stage.decode(latents), picture)
+
+
+def test_clean_latents_tell_the_noise() -> None:
+    """With a UNet that knows the clean latents, the model finds the noise that was put in."""
+    latents, noise = torch.randn(2, 3, 48, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([10, 500, 999])
+    model = TinySD.random(0, Config.trained())
+    kept = model.alphas_cumprod[t][:, None, None, None]
+    model.model.forward = lambda x, t, context: latents  # type: ignore[method-assign]
+    found = model.apply_model(kept.sqrt() * latents + (1 - kept).sqrt() * noise, t, torch.zeros(3, 77, 48))
+    torch.testing.assert_close(found, noise, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="prediction"):
+        replace(Config.tiny(), prediction="x")
 
 
 # ---- words

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import errors
 from ._absent import absent
+
+if TYPE_CHECKING:
+    from .util import MassFileLister
 
 __getattr__ = absent(__name__)
 
@@ -113,6 +119,15 @@ def parse_prompts(prompts: Iterable[str]) -> tuple[list[str], dict[str, list[Ext
     """All prompts without their tags; only the tags of the first one count."""
     parsed = [parse_prompt(prompt) for prompt in prompts]
     return [text for text, _ in parsed], parsed[0][1] if parsed else {}
+
+
+def get_user_metadata(filename: str | None, lister: MassFileLister | None = None) -> Any:
+    """What the user wrote about a file: the JSON beside it, whatever it holds; {} where it cannot be read."""
+    path = str(Path(filename or "").with_suffix(".json"))
+    with errors.reported(f"reading extra network user metadata from {path}"):
+        if filename and (lister.exists(path) if lister else Path(path).exists()):
+            return json.loads(Path(path).read_text(encoding="utf8"))
+    return {}
 
 
 def _lookup(extra_network_data: TagData) -> list[tuple[ExtraNetwork, list[ExtraNetworkParams]]]:

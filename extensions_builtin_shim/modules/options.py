@@ -20,6 +20,7 @@ class OptionInfo:
     component_args: object = None
     onchange: Callable[[], object] | None = None
     section: tuple[str, str] | None = None
+    refresh: Callable[[], object] | None = None
     comment_after: str = ""
 
     def info(self, text: str) -> OptionInfo:
@@ -51,6 +52,10 @@ class Options:
         if info.onchange is not None:
             info.onchange()
         return True
+
+    def values(self) -> dict[str, object]:
+        """All settings as they are now. The stand-in's own."""
+        return {key: getattr(self, key) for key in self.data_labels}
 
     def __getattr__(self, key: str) -> object:
         if key in self.data:

@@ -15,6 +15,7 @@ from extensions_builtin_shim.tiny_sd import TinySD, sample, to_image
 
 from . import extra_networks, sd_models
 from ._absent import absent
+from .sd_samplers_cfg_denoiser import CFGDenoiser
 from .shared import opts, state
 from .timer import Timer
 
@@ -99,8 +100,11 @@ def process_images(p: StableDiffusionProcessing) -> Processed:
 def process_images_inner(p: StableDiffusionProcessing) -> Processed:
     """All batches: tags out, networks on, images; networks off only when the last batch had tags."""
     p.setup_prompts()
+    if state.job_count == -1:
+        state.job_count = p.n_iter
     timer = Timer()
     images: list[Image.Image] = []
+    infotexts: list[str] = []
     for iteration in range(p.n_iter):
         if state.interrupted:
             break
@@ -114,10 +118,11 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
         timer.record("activate")
         images += [_sample(p, prompt, seed) for prompt, seed in zip(p.prompts, p.seeds, strict=True)]
         timer.record("sample")
+        infotexts += [_infotext(p, index) for index in range(len(infotexts), len(images))]
+        state.nextjob()
     if not p.disable_extra_networks and p.extra_network_data:
         extra_networks.deactivate(p, p.extra_network_data)
     comments = "".join(f"{comment}\n" for comment in p.comments)
-    infotexts = [_infotext(p, index) for index in range(len(images))]
     return Processed(images, infotexts, p.all_seeds, comments, timer.records)
 
 
@@ -135,12 +140,15 @@ def _overridden(settings: dict[str, object]) -> Iterator[None]:
 
 
 def _sample(p: StableDiffusionProcessing, prompt: str, seed: int) -> Image.Image:
+    model = p.sd_model
+    denoiser = CFGDenoiser(p, model, prompt)
+
     def on_step(step: int, steps: int, latents: Tensor) -> None:
         state.sampling_step, state.sampling_steps = step, steps
         if state.interrupted:
             raise _Interrupted(latents)
+        denoiser.announce(step, steps, latents)
 
-    model = p.sd_model
     try:
         picture = sample(
             model, prompt, p.negative_prompt, seed=seed, steps=p.steps, guidance=p.cfg_scale, on_step=on_step

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from . import errors, extensions
 from ._absent import absent
 from .util import topological_sort
@@ -25,12 +27,32 @@ class ScriptCallback:
     name: str
 
 
-_CATEGORIES = ("app_started", "model_loaded", "ui_settings", "script_unloaded", "before_ui")
+@dataclass
+class CFGDenoiserParams:
+    """What a callback of `on_cfg_denoiser` gets; the host goes on with what it leaves in `x` and the conditions.
+
+    `text_cond` is the encoded prompt, `text_uncond` the negative one; `denoiser` is the host's object, with the job as
+    its `p`.
+    """
+
+    x: Tensor
+    image_cond: Tensor | None
+    sigma: Tensor
+    sampling_step: int
+    total_sampling_steps: int
+    text_cond: Tensor
+    text_uncond: Tensor
+    denoiser: object = None
+
+
+_CATEGORIES = (
+    "app_started", "model_loaded", "ui_settings", "script_unloaded", "before_ui", "cfg_denoiser", "infotext_pasted"
+)  # fmt: skip
 callback_map: dict[str, list[ScriptCallback]] = {f"callbacks_{category}": [] for category in _CATEGORIES}
 
 
 def on_app_started(callback: Callback, *, name: str | None = None) -> None:
-    """Called with the page and its web application when both are up; here there is neither, so with None twice."""
+    """Called with the page and its web application when both are up; here there is no page, so with None first."""
     _add("app_started", callback, name)
 
 
@@ -52,6 +74,16 @@ def on_before_ui(callback: Callback, *, name: str | None = None) -> None:
 def on_script_unloaded(callback: Callback, *, name: str | None = None) -> None:
     """Called before the scripts are loaded again. The last in the list is called first."""
     _add("script_unloaded", callback, name)
+
+
+def on_cfg_denoiser(callback: Callback, *, name: str | None = None) -> None:
+    """Called with a CFGDenoiserParams before each call of the denoising network."""
+    _add("cfg_denoiser", callback, name)
+
+
+def on_infotext_pasted(callback: Callback, *, name: str | None = None) -> None:
+    """Called with an image's text and the fields read from it, which it may change, when the user pastes one."""
+    _add("infotext_pasted", callback, name)
 
 
 def clear_callbacks() -> None:
@@ -94,6 +126,16 @@ def before_ui_callback() -> None:
 def script_unloaded_callback() -> None:
     """The host calls this at "Reload UI", before it loads the scripts again."""
     _call("script_unloaded", backwards=True)
+
+
+def cfg_denoiser_callback(params: CFGDenoiserParams) -> None:
+    """The host calls this at each step."""
+    _call("cfg_denoiser", params)
+
+
+def infotext_pasted_callback(infotext: str, params: dict[str, str]) -> None:
+    """The host calls this when an image's text is pasted."""
+    _call("infotext_pasted", infotext, params)
 
 
 def ordered_callbacks(category: str) -> list[ScriptCallback]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from torch import nn
@@ -19,6 +20,12 @@ cmd_opts = argparse.Namespace()
 options_templates: dict[str, OptionInfo] = {}
 opts = Options(options_templates)
 state = State()
+_HTML = Path(__file__).resolve().parent.parent / "html"
+
+
+def html(filename: str) -> str:
+    """A template of the host's page."""
+    return (_HTML / filename).read_text(encoding="utf-8")
 
 
 class _Shared(ModuleType):

@@ -7,6 +7,7 @@ reports are all derived from the fields, so that a family is its fields and its 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,16 +17,12 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix
 from lib_locon.errors import ShapeError
-from lib_locon.families.shapes import bind, matrix
+from lib_locon.families.shapes import bind
 
 F = TypeVar("F", bound="Family")
 Adder: TypeAlias = Callable[[Tensor, Tensor, int, float], None]
-
-
-def working_dtype(base: Tensor) -> torch.dtype:
-    """In which ΔW of this weight is made: fp32, and fp64 for the rare weight that is stored so."""
-    return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
 def factor(suffix: str, shape: str, *, optional: bool = False) -> Any:
@@ -93,8 +90,8 @@ class Family:
         found = {suffix: getattr(self, name) for suffix, name in self.suffixes().items()}
         return {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
 
-    def to(self: F, device: torch.device, dtype: torch.dtype) -> F:
-        """The same factors elsewhere; a tensor that is there already is not copied."""
+    def to(self: F, device: torch.device, dtype: torch.dtype | None = None) -> F:
+        """The same factors elsewhere, in their own dtype if None; a tensor that is there already is not copied."""
         suffixes = self.suffixes()
         moved = {suffixes[suffix]: tensor.to(device, dtype) for suffix, tensor in self.tensors().items()}
         return dataclasses.replace(self, **moved)
@@ -140,6 +137,14 @@ class Family:
         del rank
         return self
 
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        """What no number of ΔW (without alpha/rank) exceeds in size, from the largest of each factor, by suffix.
+
+        Infinite where that says nothing of it. Saves looking at the sum for numbers that its dtype cannot hold.
+        """
+        del peaks
+        return math.inf
+
     def adder(self, base: Tensor) -> Adder:
         """What adds ΔW (without alpha/rank) by rows; `base` is the whole pristine weight in the factors' dtype.
 
@@ -161,5 +166,8 @@ class Family:
         raise NotImplementedError
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """`(up, down)`, `(out, r)` and `(r, n)`, whose product is ΔW as a matrix; None where it is no such product."""
+        """`(up, down)`, `(out, r)` and `(r, n)`, whose product is ΔW as a matrix; None where it is no such product.
+
+        As they are stored where no arithmetic is needed, else in fp32 (fp64 from fp64).
+        """
         return None

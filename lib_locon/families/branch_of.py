@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix
 from lib_locon.families.base import Family
 from lib_locon.families.branches import Branch, Hadamard, Kronecker, LowRank, Shift, Tucker, Whole
 from lib_locon.families.full import Full, FullBias, LoRABias
@@ -16,7 +17,6 @@ from lib_locon.families.loha import LoHa, TuckerLoHa
 from lib_locon.families.lokr import LoKr, TuckerLoKr
 from lib_locon.families.lora import LoRA, SparseLoRA, TuckerLoRA
 from lib_locon.families.rows import RowsLayer
-from lib_locon.families.shapes import matrix
 from lib_locon.families.tucker import fold_core
 
 

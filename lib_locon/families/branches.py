@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lib_locon.arithmetic import matrix
 from lib_locon.families.convolve import CONVS, apply_pointwise, apply_weight, channel_axis, groups, per_group
-from lib_locon.families.shapes import matrix
 from lib_locon.families.tucker import rebuild
 
 B = TypeVar("B", bound="Branch")

@@ -6,6 +6,7 @@ over all other axes. So ΔW = W′ − W needs the pristine W, and strength stay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,10 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix, product, working_dtype
 from lib_locon.errors import ShapeError
-from lib_locon.families.base import Adder, working_dtype
+from lib_locon.families.base import Adder
 from lib_locon.families.layer import Layer
-from lib_locon.families.shapes import matrix
 
 STRIP = 128  # rows at a time
 
@@ -45,8 +46,11 @@ class DoRALayer(Layer):
         if self.magnitude.numel() != size:
             raise ShapeError(f"its DoRA magnitude has {self.magnitude.numel()} numbers, the weight {size} {side}")
 
-    def tensors(self) -> list[Tensor]:
-        return [*super().tensors(), self.magnitude]
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "dora_scale": self.magnitude}
+
+    def bound(self) -> float:
+        return math.inf  # W itself is in it
 
     def adder(self, base: Tensor) -> Adder:
         if not self.on_output:
@@ -57,7 +61,10 @@ class DoRALayer(Layer):
             pristine = rows.to(total.dtype)
             merged = merge(pristine, start)
             norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
-            total.add_(merged.mul_(self._factors(norm, start, len(rows))).sub_(pristine), alpha=strength)
+            factors = self._factors(norm, start, len(rows))
+            # W − M ⊙ g / ‖M‖ is −ΔW: one pass over the tile less than to make ΔW; in place where nothing is trained
+            place = None if torch.is_grad_enabled() else merged
+            total.sub_(torch.addcmul(pristine, merged, factors, value=-1, out=place), alpha=strength)
 
         return add
 
@@ -82,8 +89,10 @@ class DoRALayer(Layer):
         """(pristine rows as a matrix, their first row's number) → the rows of M, a new tensor."""
         factors = super().low_rank(base.device)
         if factors is not None:
-            up, down = (factor.to(working_dtype(base)) for factor in factors)
-            return lambda rows, start: torch.addmm(rows, up[start : start + len(rows)], down)
+            up, down = (factor.to(working_dtype(base)) for factor in factors[:2])
+            up = up * factors[2]
+            # into the product, which is a new tensor and still in the cache
+            return lambda rows, start: product(up[start : start + len(rows)], down).add_(rows)
         inner = super().adder(base)
 
         def merge(rows: Tensor, start: int) -> Tensor:

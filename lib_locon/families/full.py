@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +18,9 @@ class Full(Family):
     name = "Full"
     scaled = False
     diff: Tensor = factor("diff", "out n")
+
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        return max(peaks.values())
 
     def delta(self, base: Tensor) -> Tensor:
         return self.diff.reshape(base.shape)
@@ -63,6 +68,9 @@ class SetWeight(Full):
     name = "Set"
     needs_base = True
     diff: Tensor = factor("set_weight", "out n")
+
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        return math.inf  # W itself is in it
 
     def delta(self, base: Tensor) -> Tensor:
         return self.diff.reshape(base.shape) - base

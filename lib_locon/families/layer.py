@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from lib_locon.families.base import Adder, Family, working_dtype
-from lib_locon.families.shapes import matrix
+from lib_locon.arithmetic import exact_arithmetic, matrix, working_dtype
+from lib_locon.families.base import Adder, Family
 
+LowRank: TypeAlias = tuple[Tensor, Tensor, float]
+ORDINARY = 2.0**16
+"""Beyond any number of fp16. The longest chain of products (Tucker, rank 4096) of numbers up to here fits in fp32."""
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -47,23 +54,47 @@ class Layer:
 
     def truncated(self, rank: int) -> Layer:
         """With the first `rank` ranks only (DyLoRA's `dyn`)."""
-        return replace(self, family=self.family.truncated(rank))
+        if rank not in self._shorter:
+            self._shorter[rank] = replace(self, family=self.family.truncated(rank))
+        return self._shorter[rank]
 
-    def tensors(self) -> list[Tensor]:
-        """All that was read for it."""
-        return list(self.family.tensors().values())
+    @cached_property
+    def _shorter(self) -> dict[int, Layer]:
+        """By rank, so that a strength that changes reads and moves nothing again."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was read for it, by suffix."""
+        return self.family.tensors()
 
     def finite(self) -> bool:
-        """Whether every factor and the scale are numbers. Reads the factors; those on the meta device pass."""
-        # cast first: torch knows no isfinite for fp8
-        tensors = (tensor.float() for tensor in self.tensors() if not tensor.is_meta)
-        return abs(self.scale) <= FLOAT32_MAX and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        """Whether every factor and the scale are numbers. Reads the factors, once; those on the meta device pass."""
+        return abs(self.scale) <= FLOAT32_MAX and all(map(math.isfinite, self._peaks.values()))
+
+    def bound(self) -> float:
+        """What no number of ΔW at strength 1 exceeds in size; infinite where the factors alone do not tell.
+
+        It also says that nothing overflows on the way there: factors of unusual size have no bound.
+        """
+        return self._bound
+
+    @cached_property
+    def _bound(self) -> float:
+        if not all(peak <= ORDINARY for peak in (*self._peaks.values(), abs(self.scale))):
+            return math.inf
+        return self.family.bound(self._peaks) * abs(self.scale)
+
+    @cached_property
+    def _peaks(self) -> Mapping[str, float]:
+        """The largest size of a number in each factor, by its suffix; NaN where there is one."""
+        return {suffix: _peak(tensor) for suffix, tensor in self.tensors().items()}
 
     def delta(self, base: Tensor) -> Tensor:
         """ΔW at strength 1, in the shape, dtype and device of `base` (the pristine weight, fp32)."""
         rows = matrix(base)
         total = torch.zeros_like(rows)
-        self.adder(base)(total, rows, 0, 1.0)
+        with exact_arithmetic(base.device.type):
+            self.adder(base)(total, rows, 0, 1.0)
         return total.reshape(base.shape)
 
     def adder(self, base: Tensor) -> Adder:
@@ -71,14 +102,37 @@ class Layer:
         dtype = working_dtype(base)
         # a family that only looks at the base's shape gets no copy of it in fp32
         whole = base.to(dtype) if self.needs_base else base.new_zeros((), dtype=dtype).expand(base.shape)
-        add = self.family.to(base.device, dtype).adder(whole)
+        add = self._on(base.device).to(base.device, dtype).adder(whole)
         scale = self.scale
         return lambda total, rows, start, strength: add(total, rows, start, strength * scale)
 
-    def low_rank(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """`(up, down)` in fp32 on `device`, the scale folded into the smaller; None where ΔW is no such product."""
-        factors = self.family.to(device, torch.float32).low_rank()
-        if factors is None:
-            return None
-        up, down = factors
-        return (up * self.scale, down) if up.numel() <= down.numel() else (up, down * self.scale)
+    def low_rank(self, device: torch.device) -> LowRank | None:
+        """`(up, down, scale)` with ΔW = scale · up · down, as stored, on `device`; None where ΔW is no such product."""
+        factors = self._on(device).low_rank()
+        return None if factors is None else (*factors, self.scale)
+
+    def release(self) -> None:
+        """Forgets what was moved to other devices."""
+        self._moved.clear()
+        self._shorter.clear()
+
+    def _on(self, device: torch.device) -> Family:
+        """The factors there, in their own dtype. Moved once: a strength that changes moves nothing."""
+        if all(tensor.device == device for tensor in self.family.tensors().values()):
+            return self.family
+        moved = self._moved.get(device)  # once: `release` may come from another thread
+        if moved is None:
+            moved = self._moved[device] = self.family.to(device)
+        return moved
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, Family]:
+        return {}
+
+
+def _peak(tensor: Tensor) -> float:
+    if tensor.is_meta or not tensor.numel():
+        return 0.0
+    # cast first: torch knows no minimum for fp8
+    least, largest = torch.aminmax(tensor.detach().float())
+    return float(torch.maximum(-least, largest))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix, product
 from lib_locon.families.base import Adder, Family, factor
-from lib_locon.families.shapes import matrix
 from lib_locon.families.tucker import fold_core
 
 
@@ -25,6 +27,10 @@ class LoHa(Family):
         """up₁, down₁, up₂, down₂ as matrices: ΔW = (up₁ · down₁) ⊙ (up₂ · down₂)."""
         return matrix(self.w1_a), matrix(self.w1_b), matrix(self.w2_a), matrix(self.w2_b)
 
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        sizes = self.sizes()
+        return sizes["r"] * sizes["s"] * prod(peaks.values())
+
     def delta(self, base: Tensor) -> Tensor:
         up1, down1, up2, down2 = self.products()
         return ((up1 @ down1) * (up2 @ down2)).reshape(base.shape)
@@ -34,7 +40,7 @@ class LoHa(Family):
 
         def add(total: Tensor, _: Tensor, start: int, strength: float) -> None:
             rows = slice(start, start + len(total))
-            total.addcmul_(up1[rows] @ down1, up2[rows] @ down2, value=strength)
+            total.addcmul_(product(up1[rows], down1), product(up2[rows], down2), value=strength)
 
         return add
 
@@ -54,6 +60,10 @@ class TuckerLoHa(LoHa):
     def shape(self) -> tuple[int | None, int | None]:
         sizes = self.sizes()
         return sizes["out"], sizes["in"] * sizes["*k"]
+
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        sizes = self.sizes()
+        return (sizes["r"] * sizes["s"]) ** 2 * prod(peaks.values())
 
     def products(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # core · b is what a plain LoHa's `b` would have been

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix
 from lib_locon.families.base import Adder, Family, factor
-from lib_locon.families.shapes import matrix
 from lib_locon.families.tucker import rebuild
 
 
@@ -39,6 +39,17 @@ class _Kronecker(Family):
         sizes = self.sizes()
         return sizes["a"] * sizes["c"], sizes["b"] * sizes["d"] * sizes.get("*k", 1)
 
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        return self._half_bound("lokr_w1", peaks) * self._half_bound("lokr_w2", peaks)
+
+    def _half_bound(self, half: str, peaks: Mapping[str, float]) -> float:
+        """A half that is there whole is used whole; a factored one is a sum of r products, in Tucker form of r²."""
+        if half in peaks:
+            return peaks[half]
+        rank = self.sizes()["r1" if half == "lokr_w1" else "r2"]
+        core = rank * peaks["lokr_t2"] if half == "lokr_w2" and "lokr_t2" in peaks else 1.0
+        return rank * core * peaks[f"{half}_a"] * peaks[f"{half}_b"]
+
     def first(self) -> Tensor:
         """w1 as a matrix (a, b)."""
         return _half(self.w1, self.w1_a, self.w1_b)
@@ -48,18 +59,20 @@ class _Kronecker(Family):
         raise NotImplementedError
 
     def adder(self, base: Tensor) -> Adder:
-        first, second = self.first(), self.second()
+        first, second = self.first().contiguous(), self.second().contiguous()
         (_, across), (height, width) = first.shape, second.shape
 
         def add(total: Tensor, _: Tensor, start: int, strength: float) -> None:
             # rows of one block are one row of w1, each of its numbers times the same rows of w2
-            low = start
-            while low < start + len(total):
+            low, end = start, start + total.shape[0]
+            while low < end:
                 block, row = divmod(low, height)
-                high = min(start + len(total), low + height - row)
-                part = total[low - start : high - start].view(high - low, across, width)
-                rows = second[row : row + high - low].unsqueeze(1)
-                part.addcmul_(first[block].reshape(1, across, 1), rows, value=strength)
+                blocks = (end - low) // height if row == 0 else 0  # whole ones in one go, else what there is of one
+                high = low + blocks * height if blocks else min(end, low + height - row)
+                count = max(blocks, 1)
+                part = total[low - start : high - start].view(count, -1, across, width)
+                rows = second[row : row + part.shape[1]].view(1, -1, 1, width)
+                part.addcmul_(first[block : block + count].view(count, 1, across, 1), rows, value=strength)
                 low = high
 
         return add

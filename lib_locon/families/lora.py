@@ -7,14 +7,15 @@ is why there is one formula for Linear and for convolutions of any dimension (do
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Family, factor
-from lib_locon.families.shapes import matrix
 from lib_locon.families.tucker import fold_core
 
 
@@ -37,6 +38,9 @@ class LoRA(Family):
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return matrix(self.up), matrix(self.down)
 
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        return self.sizes()["r"] * peaks["lora_up.weight"] * peaks["lora_down.weight"]
+
     def delta(self, base: Tensor) -> Tensor:
         return (matrix(self.up) @ matrix(self.down)).reshape(base.shape)
 
@@ -56,6 +60,9 @@ class EmbeddingLoRA(Family):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return matrix(self.a).T, matrix(self.b).T
+
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        return self.sizes()["r"] * peaks["lora_embedding_A"] * peaks["lora_embedding_B"]
 
     def delta(self, base: Tensor) -> Tensor:
         return matrix(self.a).T @ matrix(self.b).T
@@ -92,6 +99,9 @@ class SparseLoRA(LoRA):
     def low_rank(self) -> None:  # type: ignore[override]  # the sum is of full rank
         return None
 
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        return super().bound(peaks) + self.values.numel() * peaks["bias_values"]  # one place may be named many times
+
     def delta(self, base: Tensor) -> Tensor:
         total = matrix(self.up) @ matrix(self.down)
         rows, columns = self._places()
@@ -113,8 +123,12 @@ class TuckerLoRA(Family):
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         # core · down is what a plain LoCon's k×k `down` would have been: ΔW is still a product of rank r
-        return matrix(self.up), fold_core(self.mid, self.down)
+        wide = working_dtype(self.mid)
+        return matrix(self.up), fold_core(self.mid.to(wide), self.down.to(wide))
+
+    def bound(self, peaks: Mapping[str, float]) -> float:
+        return self.sizes()["r"] ** 2 * prod(peaks.values())
 
     def delta(self, base: Tensor) -> Tensor:
         up, down = self.low_rank()
-        return (up @ down).reshape(base.shape)
+        return (up.to(down.dtype) @ down).reshape(base.shape)

@@ -12,10 +12,10 @@ from math import isqrt, prod
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Family, factor
 from lib_locon.families.oft import cayley
-from lib_locon.families.shapes import matrix
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from lib_locon.families.base import Adder
-from lib_locon.families.layer import Layer
+from lib_locon.families.layer import Layer, LowRank
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -25,14 +25,11 @@ class RowsLayer(Layer):
         plain = {field.name: getattr(layer, field.name) for field in fields(Layer)}
         return cls(**plain, whole=whole, start=start, length=length)
 
-    def truncated(self, rank: int) -> RowsLayer:
-        return replace(self, family=self.family.truncated(rank))
-
     def adder(self, base: Tensor) -> Adder:
         inner = super().adder(base.new_zeros(()).expand(self.whole))
         # `base` is one of the model's projections; its rows of the adapter's weight begin further down
         return lambda total, rows, start, strength: inner(total, rows, start + self.start, strength)
 
-    def low_rank(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def low_rank(self, device: torch.device) -> LowRank | None:
         factors = super().low_rank(device)
-        return None if factors is None else (factors[0][self.start : self.start + self.length], factors[1])
+        return None if factors is None else (factors[0][self.start : self.start + self.length], *factors[1:])

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from torch import Tensor
-
 from lib_locon.errors import ShapeError
 
 _LITERAL = {"one": 1, "two": 2}
@@ -32,11 +30,6 @@ def fold(spec: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     names, kernel = axes(spec)
     plain = len(names) if kernel else len(names) - 1
     return (*shape[:plain], prod(shape[plain:]))
-
-
-def matrix(tensor: Tensor) -> Tensor:
-    """`tensor` as `(first axis, all others)`; a view where the memory allows."""
-    return tensor.reshape(tensor.shape[0], -1)
 
 
 def bind(specs: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

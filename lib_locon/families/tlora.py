@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import matrix
 from lib_locon.errors import Unusable
 from lib_locon.families.base import Family, factor
-from lib_locon.families.shapes import matrix
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib_locon.families.shapes import matrix
+from lib_locon.arithmetic import matrix
 
 
 def fold_core(core: Tensor, down: Tensor) -> Tensor:

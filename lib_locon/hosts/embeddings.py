@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from lib_locon.files.adapter import Adapter
@@ -13,6 +13,8 @@ class BundledEmbeddings:
     """What of the host's table is ours. An embedding of the user's own folder is never replaced."""
 
     def __init__(self) -> None:
+        self.in_infotext = True
+        """Whether the host is to write their adapters' names where it writes the hashes of textual inversions."""
         self._ours: dict[str, Embedding] = {}
 
     @property
@@ -20,7 +22,7 @@ class BundledEmbeddings:
         """Whether the host's table holds any of ours."""
         return bool(self._ours)
 
-    def use(self, adapters: Iterable[Adapter], model: Any) -> list[str]:
+    def use(self, adapters: Sequence[Adapter], model: Any) -> list[str]:
         """Makes the table hold the embeddings of these adapters and no others of ours. Returns what failed."""
         wanted = {embedding.name: embedding for adapter in adapters for embedding in adapter.embeddings}
         if not wanted and not self._ours:
@@ -29,8 +31,13 @@ class BundledEmbeddings:
         for name in [name for name, embedding in self._ours.items() if wanted.get(name) is not embedding]:
             del self._ours[name]
             table.register_embedding_by_name(None, model, name)
-        problems = (self._add(table, embedding, model) for name, embedding in wanted.items() if name not in self._ours)
-        return [problem for problem in problems if problem]
+        added = (self._add(table, embedding, model) for name, embedding in wanted.items() if name not in self._ours)
+        problems = [problem for problem in added if problem]
+        for name, embedding in self._ours.items():
+            of = [adapter.name for adapter in adapters if any(each is embedding for each in adapter.embeddings)]
+            if name in table.word_embeddings:  # the user may have pressed the host's refresh button, which empties it
+                table.word_embeddings[name].shorthash = of[0] if self.in_infotext and of else None
+        return problems
 
     def _add(self, table: Any, embedding: Embedding, model: Any) -> str:
         name = embedding.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
@@ -13,18 +14,36 @@ from lib_locon.errors import LoconError
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.hosts.embeddings import BundledEmbeddings
-from lib_locon.library import Library
+from lib_locon.hosts.legacy import LoadedNetworks
+from lib_locon.library import Library, without_folder
 from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.patching.store import PristineSource, policy_named
+from lib_locon.prompt.blocks import BASE, T5
 from lib_locon.prompt.grammar import Parsed, parse_tag
-from lib_locon.prompt.request import Problem
+from lib_locon.prompt.presets import BUILT_IN
+from lib_locon.prompt.request import Problem, Request
 from lib_locon.report import Report
-from lib_locon.resolve import AdapterCache, resolve
-from lib_locon.session import Session
+from lib_locon.resolve import AdapterCache, Found, Missing, find
+from lib_locon.session import Session, Use
 
 log = logging.getLogger("lib_locon")
 Tag = tuple[str, Sequence[str]]
 """A tag's kind and its arguments, split at the colons."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scheduled:
+    """What the pass that runs now uses: it may depend on the step, and other extensions may change it."""
+
+    model: weakref.ref[nn.Module]
+    found: Found
+    uses: list[Use]
+    """Those of the first step."""
+    hires: bool
+    comment: Callable[[str], object]
+    checkpoint: Path | None
+    by_step: bool
+    """Whether the prompt asks for other strengths at other steps."""
 
 
 class Webui:
@@ -35,9 +54,24 @@ class Webui:
         self.cache = AdapterCache()
         self.side_path = False
         self.base_store = "auto"
+        self.free_unused = False
         self.embeddings = BundledEmbeddings()
         self.last_report = Report()
+        self.used: tuple[Use, ...] = ()
+        """What the last `activate` put into its model, as it is at the first step."""
+        self.warn_of_missing = False
+        """Whether a name that leads to no file is a warning in the log, and not only a line in it."""
+        self.presets = BUILT_IN
+        self.text_changed = False
+        """Whether the last `activate` changed what acts on the text encoders of its model."""
+        self.loaded = LoadedNetworks()
+        """What other extensions see of the set in use, and may change."""
+        self._presets_text = ""
+        self._suspended = False
+        self._step = (0, 1)
+        self._scheduled: Scheduled | None = None
         self._sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+        self._on_text: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
     @property
     def active(self) -> bool:
@@ -49,27 +83,65 @@ class Webui:
         folders = [folder for folder in folders if folder.is_dir()]
         if (folders, allow_pickle) != (self.library.folders, self.library.allow_pickle):
             self.library = Library(folders, allow_pickle=allow_pickle)
-            self.cache = AdapterCache(allow_pickle=allow_pickle)
+            self.cache = AdapterCache(self.cache.most, allow_pickle=allow_pickle)
+
+    def use_presets(self, text: str) -> None:
+        """The user's own block weights and rules for `lbw` and `lbwe`, beside the built-in ones."""
+        if text != self._presets_text:
+            self._presets_text = text
+            self.presets = BUILT_IN.with_text(text)
+            for problem in self.presets.problems:
+                log.warning("%s", problem)
 
     def activate(
-        self, model: nn.Module, tags: Sequence[Tag], comment: Callable[[str], object], checkpoint: Path | None = None
+        self,
+        model: nn.Module,
+        tags: Sequence[Tag],
+        comment: Callable[[str], object],
+        checkpoint: Path | None = None,
+        *,
+        seed: int = 0,
+        hires: bool = False,
     ) -> Report:
         """Makes `model` hold the adapters of these tags and no others; each call replaces the one before.
 
-        `checkpoint` is the file that the model came from, for weights that can be read back from it.
+        `checkpoint` is the file that the model came from, for weights that can be read back from it. Random block
+        weights are drawn from `seed`, so that an image can be made again. Strengths are those of the first step of a
+        pass, the hires pass or the one before; `step` goes on from there.
 
         Says under the image (`comment`) and in the log what it did. Never raises for bad input, and the host would
         swallow what it raised: where the set as a whole fails, the model holds its base and the comment says so.
         """
         parsed = Parsed("")
         for kind, items in tags:
-            parse_tag(kind, items, parsed)
-        uses, missing = resolve(parsed.requests, self.library, self.cache)
-        problems = [*parsed.bad, *missing]
+            parse_tag(kind, items, parsed, self.presets)
+        requests = [request.drawn(f"{seed}/{number}") for number, request in enumerate(parsed.requests)]
+        return self.use(model, requests, comment, checkpoint, hires=hires, bad=parsed.bad, warnings=parsed.warnings)
+
+    def use(
+        self,
+        model: nn.Module,
+        requests: Iterable[Request],
+        comment: Callable[[str], object],
+        checkpoint: Path | None = None,
+        *,
+        hires: bool = False,
+        bad: Iterable[Problem] = (),
+        warnings: Iterable[Problem] = (),
+    ) -> Report:
+        """As `activate`, for requests that were read already; `bad` and `warnings` came of the reading."""
+        found, missing = find(requests, self.library, self.cache)
+        uses = found.at(hires=hires)
+        now = Scheduled(weakref.ref(model), found, uses, hires, comment, checkpoint, found.scheduled)
+        self._scheduled = now if uses else None
+        self._suspended, self._step = False, (0, 1)
+        problems = [*bad, *missing]
         try:
             session = self.session(model, checkpoint)
+            uses = self.loaded.show(uses, model, session)
             session.side_path = self.side_path
             session.engine.store.policy = policy_named(self.base_store)
+            session.engine.store.free_unused = self.free_unused
             report = session.apply(uses)
             if report.written:
                 log.info("%s", session.engine.store.report())
@@ -77,17 +149,78 @@ class Webui:
             if not isinstance(error, LoconError):
                 log.exception("an error in sd-webui-locon itself")
             report = Report()
-            what = str(error) or type(error).__name__
-            uses, problems = [], [*problems, Problem(f"no adapter is in this image: {what}")]
+            self._scheduled = None
+            self.loaded.clear()
+            uses, problems = [], [*problems, Problem(f"no adapter is in this image: {_what(error, checkpoint)}")]
+        on_text = tuple(map(_on_text, uses))
+        self.text_changed = self._on_text.get(model, ()) != on_text
+        self._on_text[model], self.used = on_text, tuple(uses)
         problems += map(Problem, self.embeddings.use([use.adapter for use in uses], model))
-        self.last_report = report = Report(report.adapters, tuple(problems), report.written, tuple(parsed.warnings))
+        self.last_report = report = Report(report.adapters, tuple(problems), report.written, tuple(warnings))
         for line in report.lines():
             comment(line)
         for adapter in report.adapters:
             log.info("%s", adapter)
         for problem in (*report.problems, *report.warnings):
-            log.warning("%s", problem)
+            quiet = isinstance(problem, Missing) and not self.warn_of_missing
+            log.log(logging.INFO if quiet else logging.WARNING, "%s", problem)
         return report
+
+    def nothing(self) -> None:
+        """An image without tags is made, with a model that holds nothing of ours."""
+        self.last_report, self.used = Report(), ()
+        self.finished()
+        self.loaded.clear()
+
+    def step(self, model: nn.Module, step: int, steps: int) -> None:
+        """Makes `model` hold what the tags ask for at `step`, counted from 0, of a pass of `steps`.
+
+        Called before each call of the denoising network; costs nothing where nothing depends on the step. Never raises:
+        where it fails, the model has its base values for the rest of the pass, and the comment says so.
+        """
+        self._step = (step, steps)
+        now = self._scheduled
+        if now is not None and not self._suspended and now.model() is model:
+            self._follow(now, model)
+
+    def follow(self) -> None:
+        """Makes the model of the pass hold what other extensions ask for by now, wherever in a step that is."""
+        now = self._scheduled
+        model = now.model() if now is not None else None
+        self._suspended = False
+        if now is not None and model is not None:
+            self._follow(now, model)
+
+    def suspend(self) -> None:
+        """Gives the model of the pass its base back until `follow`, or until the next `activate`."""
+        model = self._scheduled.model() if self._scheduled is not None else None
+        session = self._sessions.get(model) if model is not None else None
+        if session is not None and session.active:
+            session.restore()
+            self._suspended = True
+
+    def _follow(self, now: Scheduled, model: nn.Module) -> None:
+        session = self._sessions.get(model)
+        if session is None:
+            return
+        step, steps = self._step
+        try:
+            asked = now.found.at(step, steps, hires=now.hires) if now.by_step else now.uses
+            uses = self.loaded.adjusted(asked)
+            if now.by_step or self.loaded.touched or not session.active:
+                session.apply(uses)
+        except Exception as error:
+            if not isinstance(error, LoconError):
+                log.exception("an error in sd-webui-locon itself")
+            self._scheduled = None
+            self.loaded.clear()
+            problem = f"no adapter is in this image from step {step + 1} on: {_what(error, now.checkpoint)}"
+            log.warning("%s", problem)
+            now.comment(problem)
+
+    def finished(self) -> None:
+        """The run is over. What its last step left is changed, or found right, by the next `activate`."""
+        self._scheduled = None
 
     def session(self, model: nn.Module, checkpoint: Path | None = None) -> Session:
         """The model's session, made at its first use, and again after the host loaded weights into the model."""
@@ -105,9 +238,24 @@ class Webui:
 
     def release(self) -> None:
         """Gives every model its base back and forgets it."""
+        self._scheduled = None
+        self.loaded.clear()
         for session in list(self._sessions.values()):
             session.restore()
         self._sessions.clear()
+
+
+def _what(error: Exception, checkpoint: Path | None) -> str:
+    """For everybody's eyes: without the folder that the checkpoint lies in."""
+    what = str(error) or type(error).__name__
+    return what if checkpoint is None else without_folder(what, checkpoint)
+
+
+def _on_text(use: Use) -> tuple[object, ...]:
+    """All of a use that can change a text encoder; comparable."""
+    mine = use.strengths
+    blocks = None if mine.blocks is None else (mine.blocks.of(BASE), mine.blocks.of(T5))
+    return use.adapter.identity, use.dyn, mine.te, mine.encoders, blocks, mine.elements, mine.layers
 
 
 def _source(session: Session, checkpoint: Path | None) -> PristineSource | None:

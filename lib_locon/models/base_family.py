@@ -58,6 +58,11 @@ def other_family(adapter: Adapter, table: TargetTable) -> tuple[str, str] | None
     return None if unsure or mine == model else (mine, model)
 
 
+def model_family(table: TargetTable) -> str:
+    """The family of a loaded model, in the words of `base_family`; "" where nothing tells."""
+    return _by_network(_model_layers(table))
+
+
 def _by_network(layers: Layers) -> str:
     """The family by the UNet or transformer; "" where nothing of these is there, or nothing that tells."""
     for start, families in TRANSFORMERS.items():

@@ -8,35 +8,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import add_product, exact_arithmetic, matrix, working_dtype
 from lib_locon.models.targets import View
-from lib_locon.patching.plan import Adder, Patch
-from lib_locon.patching.precision import exact_arithmetic
+from lib_locon.patching.memory import allocate
+from lib_locon.patching.plan import Adder, LowRank, Patch
 
 TILE = 3 << 18
 """Numbers in a tile on the CPU: 3 MiB of fp32. Smaller tiles lose to overhead, larger ones leave the cache."""
 
 
-def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+_HARMLESS = {torch.float16: 8.0, torch.bfloat16: 2.0**100, torch.float32: 2.0**100, torch.float64: 2.0**900}
+"""A change that no number of the dtype can leave its range by: under half of the step between its largest numbers."""
+
+_USUAL = 2.0**16
+"""Of a strength: beyond it the products on the way may overflow, though their sum does not."""
+
+
+def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     """A new tensor with the sum, in `dtype` (that of `base` if None), and its extremes; `base` is not changed."""
     out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
     return out, write_sum(out, base, patches)
 
 
-def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor:
+class Workspace:
+    """Buffers for the sums of one model, one after the other: memory taken anew for each would cost as much as they do.
+
+    What was taken under a name is overwritten by the next that takes it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        # glibc gives each large block back to the system at once, until it has seen one of the size freed: without
+        # this, every product of a tile would be made in fresh pages, at three times its cost
+        torch.empty(2 * TILE, dtype=torch.float32, device="cpu")  # freed here
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A contiguous tensor, numbers undefined."""
+        size, key = prod(shape), (name, dtype, device)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            on_cpu = device.type == "cpu"
+            made = allocate((size,), dtype) if on_cpu else torch.empty(size, dtype=dtype, device=device)
+            buffer = self._buffers[key] = made
+        return buffer[:size].view(shape)
+
+
+def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor | None:
     """out ← base + Σ strength · ΔW. Both of one shape and on one device; `base` shares no memory with `out`.
 
     Every ΔW is taken from the pristine base, so that no adapter sees another's work. The order of `patches` is the
     order of the sum (`make_plan` fixes it). Returns the extremes of the sum before its rounding, for `overflows`: on
-    the device, so that looking at those of a whole model waits for a GPU only once.
+    the device, so that looking at those of a whole model waits for a GPU only once. None where the factors are too
+    small for any overflow.
     """
     with torch.no_grad(), exact_arithmetic(out.device.type):
-        if out.ndim and out.is_contiguous() and all(_is_rows(patch.view) for patch in patches):
-            return _write_rows(out, base.contiguous(), patches)
-        return _write_views(out, base, patches)
+        watch, space = _Watch(out, base, patches), space or Workspace()
+        if not out.ndim or not all(_is_rows(patch.view) for patch in patches):
+            _write_views(out, base, patches, watch)
+        elif out.is_contiguous():
+            _write_rows(out, base.contiguous(), patches, watch, space)
+        else:  # channels_last: by the same steps, so to the same bits
+            straight = space.take("whole", tuple(out.shape), out.dtype, out.device)
+            _write_rows(straight, base.contiguous(), patches, watch, space)
+            out.copy_(straight)
+        return watch.extremes()
 
 
 def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:
@@ -44,27 +84,60 @@ def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:
     return not bool((extremes.abs() <= torch.finfo(dtype).max).all())
 
 
-def _extremes(tile: Tensor) -> Tensor:
-    """(2,): the least and the largest number; NaN where there is one."""
-    least, largest = torch.aminmax(tile)
-    return torch.stack((least, largest))
+class _Watch:
+    """Notes the extremes of a sum, tile by tile, where they are needed: to look costs a third of the sum itself."""
+
+    def __init__(self, out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
+        most = sum(abs(patch.strength) * patch.delta.bound() for patch in patches)
+        usual = most < _HARMLESS.get(out.dtype, 0.0) and all(abs(patch.strength) <= _USUAL for patch in patches)
+        self._needed = base.dtype != out.dtype or not usual
+        self._seen: list[Tensor] = []
+
+    def look(self, tile: Tensor) -> None:
+        """At a part of the sum, in the working dtype."""
+        if self._needed:
+            self._seen += torch.aminmax(tile)  # NaN where there is one
+
+    def extremes(self) -> Tensor | None:
+        """The least and the largest numbers; None where nothing needed to be looked at."""
+        return torch.stack(self._seen) if self._seen else None
 
 
 def _is_rows(view: View) -> bool:
     return not view.transposed and (view.length < 0 or view.axis == 0)
 
 
-def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor:
+def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Watch) -> None:
     """For the few parts that are no rows (a transposed projection, some input channels): whole, not by tiles."""
-    pristine = base.to(_working(base))
+    pristine = base.to(working_dtype(base))
     total = pristine.clone(memory_format=torch.contiguous_format)
     for patch in patches:
         part, source = patch.view.of(total), patch.view.of(pristine).contiguous()
         change = torch.zeros_like(source)
-        patch.delta.adder(source)(_matrix(change), _matrix(source), 0, patch.strength)
+        patch.delta.adder(source)(matrix(change), matrix(source), 0, patch.strength)
         part.add_(change)
+    watch.look(total)
     out.copy_(total)
-    return _extremes(total)
+
+
+def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Watch, space: Workspace) -> None:
+    target, source, work = matrix(out), matrix(base), working_dtype(base)
+    rows, columns = target.shape
+    ranges = list(_ranges(base, patches, space))
+    step = max(1, (TILE if out.device.type == "cpu" else rows * columns) // columns)
+    scratch = None if out.dtype == work else space.take("tile", (min(step, rows), columns), work, out.device)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        tile = target[start:stop] if scratch is None else scratch[: stop - start]
+        if len(ranges) == 1 and ranges[0].covers(rows):  # as nearly always: no copy that only the product reads
+            ranges[0].write(tile, source[start:stop], start)
+        else:
+            tile.copy_(source[start:stop])
+            for part in ranges:
+                part.add(tile, source, start, stop)
+        watch.look(tile)  # while it is in the cache
+        if scratch is not None:
+            target[start:stop].copy_(tile)
 
 
 @dataclass
@@ -76,63 +149,63 @@ class _Range:
     factors: tuple[Tensor, Tensor] | None
     adders: list[tuple[Adder, float]]
 
+    def covers(self, rows: int) -> bool:
+        """Whether these are all rows of the weight."""
+        return self.start == 0 and self.stop == rows
 
-def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor:
-    target, source, work = _matrix(out), _matrix(base), _working(base)
-    rows, columns = target.shape
-    ranges = list(_ranges(base, patches, work))
-    step = max(1, (TILE if out.device.type == "cpu" else rows * columns) // columns)
-    scratch = None if out.dtype == work else torch.empty(min(step, rows), columns, dtype=work, device=out.device)
-    extremes = []
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        tile = target[start:stop] if scratch is None else scratch[: stop - start]
-        tile.copy_(source[start:stop])
-        for part in ranges:
-            _add_range(tile, source, start, stop, part)
-        extremes.append(_extremes(tile))  # while it is in the cache
-        if scratch is not None:
-            target[start:stop].copy_(tile)
-    return extremes[0] if len(extremes) == 1 else torch.cat(extremes)
+    def add(self, tile: Tensor, source: Tensor, start: int, stop: int) -> None:
+        """Adds what lies in the tile, which are rows `start` to `stop`."""
+        low, high = max(start, self.start), min(stop, self.stop)
+        if low < high:
+            total = tile[low - start : high - start]
+            self._add(total, total, source[low:high], low - self.start)
 
+    def write(self, tile: Tensor, base: Tensor, first: int) -> None:
+        """tile ← base + all changes, from row `first` of the range on."""
+        if self.factors is None:
+            tile.copy_(base)
+        self._add(tile, base, base, first)
 
-def _add_range(tile: Tensor, source: Tensor, start: int, stop: int, part: _Range) -> None:
-    """Adds the rows of `part` that lie in the tile (rows `start` to `stop`)."""
-    low, high = max(start, part.start), min(stop, part.stop)
-    if low >= high:
-        return
-    total = tile[low - start : high - start]
-    if part.factors is not None:
-        up, down = part.factors
-        total.addmm_(up[low - part.start : high - part.start], down)
-    for adder, strength in part.adders:
-        adder(total, source[low:high], low - part.start, strength)
+    def _add(self, total: Tensor, augend: Tensor, base: Tensor, first: int) -> None:
+        if self.factors is not None:
+            up, down = self.factors
+            add_product(total, augend, up[first : first + len(total)], down)
+        for adder, strength in self.adders:
+            adder(total, base, first, strength)
 
 
-def _ranges(base: Tensor, patches: Sequence[Patch], work: torch.dtype) -> Iterator[_Range]:
+def _ranges(base: Tensor, patches: Sequence[Patch], space: Workspace) -> Iterator[_Range]:
     """The patches by the rows that they change; the low-rank ones of equal rows side by side in one product."""
     views: dict[View, list[Patch]] = {}
     for patch in patches:
         views.setdefault(patch.view, []).append(patch)
-    for view, group in views.items():
+    for number, (view, group) in enumerate(views.items()):
         part = view.of(base)
-        ups, downs, adders = [], [], []
+        products, adders = [], []
         for patch in group:
             factors = patch.delta.low_rank(base.device)
             if factors is None:
                 adders.append((patch.delta.adder(part), patch.strength))
             else:
-                ups.append(factors[0].to(work) * patch.strength)
-                downs.append(factors[1].to(work))
+                products.append((factors, patch.strength))
         first = view.start if view.length >= 0 else 0
-        product = (torch.cat(ups, 1), torch.cat(downs)) if ups else None
-        yield _Range(first, first + part.shape[0], product, adders)
+        side_by_side = _side_by_side(products, base, space, number) if products else None
+        yield _Range(first, first + part.shape[0], side_by_side, adders)
 
 
-def _matrix(tensor: Tensor) -> Tensor:
-    return tensor.view(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.view(-1, 1)
-
-
-def _working(base: Tensor) -> torch.dtype:
-    """In which the sum is made: fp32, and fp64 for the rare weight that is stored so."""
-    return torch.float64 if base.dtype == torch.float64 else torch.float32
+def _side_by_side(
+    products: Sequence[tuple[LowRank, float]], base: Tensor, space: Workspace, number: int
+) -> tuple[Tensor, Tensor]:
+    """One (out, Σ r) and one (Σ r, n) whose product is Σ strength · ΔW."""
+    rank = sum(up.shape[1] for (up, _, _), _ in products)
+    (first, second, _), _ = products[0]
+    work, device = working_dtype(base), base.device
+    ups = space.take(f"up {number}", (first.shape[0], rank), work, device)
+    downs = space.take(f"down {number}", (rank, second.shape[1]), work, device)
+    start = 0
+    for (up, down, scale), strength in products:
+        stop = start + up.shape[1]
+        ups[:, start:stop].copy_(up).mul_(strength * scale)
+        downs[start:stop].copy_(down)
+        start = stop
+    return ups, downs

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
-from lib_locon.patching.compute import overflows, patched, write_sum
+from lib_locon.patching.compute import Workspace, overflows, patched, write_sum
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.storage import cannot_hold, decode, encode
 from lib_locon.patching.store import BaseLost, BaseStore, same_bits
@@ -76,6 +76,8 @@ class Engine:
         self.store = BaseStore()
         self._held: dict[str, _Held] = {}
         self._lock = threading.RLock()
+        self.generation = 0
+        """Another one after each write: whoever remembers what the model holds sees by it that this is past."""
 
     @property
     def active(self) -> bool:
@@ -106,8 +108,9 @@ class Engine:
             changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
             path, extremes = "", {}
             try:
+                space = Workspace()
                 for path in changed:
-                    extremes[path] = self._write(path, plan.get(path, ()))
+                    extremes[path] = self._write(path, plan.get(path, ()), space)
                 path = self._overflowing(extremes)
                 if path:
                     raise OverflowError("at these strengths its numbers are beyond those of its dtype")
@@ -180,30 +183,35 @@ class Engine:
             else:
                 self._forget(path)
 
-    def _write(self, path: str, patches: Sequence[Patch]) -> Tensor | None:
+    def _write(self, path: str, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor | None:
         weight = self._weight(path)
         extremes: Tensor | None = None
         with _writing(weight):
             base = self.store.save(path, weight)
+            self.generation += 1
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
             self._held[path] = _Held.by(weight, None)
             if patches:
-                extremes = self._write_sum(path, weight.detach(), base.to(weight.device), patches)
+                extremes = self._write_sum(path, weight.detach(), base.to(weight.device), patches, space)
             else:
                 weight.copy_(base)
         if patches:
             self._held[path] = _Held.by(weight, tuple(patches))
         else:
-            self._forget(path)
+            self._forget(path, self.store.release)
         return extremes
 
-    def _write_sum(self, path: str, out: Tensor, base: Tensor, patches: Sequence[Patch]) -> Tensor | None:
+    def _write_sum(
+        self, path: str, out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None
+    ) -> Tensor | None:
         """The sum into `out`, and its extremes; a weight of 8 bits is read and rounded as its module says."""
         module, name = self._owner(path)
         if cannot_hold(module, name) is None:
-            return write_sum(out, base, patches)
-        total, _ = patched(decode(module, name, base), patches, torch.float32)
-        out.copy_(encode(module, name, total, out.dtype))  # kept within its range: nothing can overflow
+            return write_sum(out, base, patches, space)
+        total, extremes = patched(decode(module, name, base), patches, torch.float32)
+        if extremes is not None and overflows(extremes, torch.float32):
+            raise OverflowError("at these strengths its numbers are beyond fp32")
+        out.copy_(encode(module, name, total, out.dtype))  # kept within its range
         return None
 
     def _overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
@@ -219,10 +227,11 @@ class Engine:
                     return bad[0]
         return ""
 
-    def _forget(self, path: str) -> None:
+    def _forget(self, path: str, forget: Callable[[str], None] | None = None) -> None:
         # the copy first: interrupted in between, the weight counts as held and is looked at again; the other way round
         # a stale copy would be taken for its base one day
-        self.store.drop(path)
+        self.generation += 1
+        (forget or self.store.drop)(path)
         self._held.pop(path, None)
 
     def _untied(self, plan: Plan) -> Plan:

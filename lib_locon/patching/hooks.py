@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lib_locon.arithmetic import without_autocast
 from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
 from lib_locon.patching.plan import Patch
-from lib_locon.patching.precision import without_autocast
 from lib_locon.patching.storage import CONVS
 
 

@@ -17,6 +17,9 @@ Adder: TypeAlias = Callable[[Tensor, Tensor, int, float], None]
 """(total, base, start, strength): adds strength · ΔW to `total`, some rows of the sum from row `start` on, as a matrix
 in fp32 (or fp64); `base` are the same rows of the pristine weight in their own dtype."""
 
+LowRank: TypeAlias = tuple[Tensor, Tensor, float]
+"""`(up, down, scale)`: ΔW = scale · up · down as matrices, `(out, r)` and `(r, n)`, in whatever dtypes are at hand."""
+
 
 class Delta(Protocol):
     """Whatever knows a ΔW."""
@@ -25,8 +28,12 @@ class Delta(Protocol):
         """What adds it by rows. `base` is the whole pristine weight that ΔW is for, in its own shape and dtype."""
         ...
 
-    def low_rank(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """`(up, down)` in fp32 with ΔW = up · down as matrices, or None."""
+    def low_rank(self, device: torch.device) -> LowRank | None:
+        """ΔW as a product of two matrices, `device` being where it will be needed; None where it is none."""
+        ...
+
+    def bound(self) -> float:
+        """What no number of ΔW at strength 1 exceeds in size; infinite where that cannot be told without making ΔW."""
         ...
 
 

@@ -6,6 +6,9 @@ weight, bit for bit. What differs (a baked VAE, a merge, an edited weight) or is
 `ram`, `device`: copies of the touched weights, in RAM (pinned for a weight on a GPU) or beside the weight.
 `auto`: as `checkpoint` where there is a file to read from, else as `ram`.
 
+A copy outlives its use: the next adapter finds it there, for memory given back and taken again costs more time than any
+sum. It counts for nothing until it was compared with the weight once more. `free_unused` gives it back at once.
+
 Not safe for several threads: the engine's lock is around every call.
 """
 
@@ -93,6 +96,8 @@ class StoreReport:
     nbytes: Mapping[str, int]
     reasons: Mapping[str, int]
     file_changed: bool
+    unused: int = 0
+    """Bytes of copies that wait for the next adapter."""
 
     def __str__(self) -> str:
         """One line for the log."""
@@ -103,6 +108,7 @@ class StoreReport:
             if self.weights.get(way)
         ]
         parts += [f"{count} not read back: {reason}" for reason, count in self.reasons.items()]
+        parts += [f"{self.unused / 2**20:.0f} MiB of copies wait for the next adapter"] if self.unused else []
         parts += ["the checkpoint file is not there any more as it was"] if self.file_changed else []
         return f"base ({self.policy}): {'; '.join(parts) or 'nothing is kept'}"
 
@@ -118,6 +124,8 @@ class BaseStore:
         self.policy: Policy = policy_named(policy)
         self.source = source
         self._copies: dict[str, Tensor] = {}
+        self._unused: dict[str, Tensor] = {}
+        self._free_unused = False
         self._reads: dict[str, _ReadBack] = {}
         self._reasons: dict[str, str] = {}
         self._scratch = Scratch()
@@ -140,15 +148,34 @@ class BaseStore:
         except FileError as error:
             return self._loaded_again(path, weight, error)
 
+    @property
+    def free_unused(self) -> bool:
+        """Whether a copy is given back as soon as nothing uses it."""
+        return self._free_unused
+
+    @free_unused.setter
+    def free_unused(self, wanted: bool) -> None:
+        self._free_unused = wanted
+        if wanted:
+            self._unused.clear()
+
+    def release(self, path: str) -> None:
+        """Lets go of a weight that holds its base again."""
+        copy = self._copies.get(path)
+        if copy is not None and not self.free_unused:
+            self._unused[path] = copy
+        self.drop(path)
+
     def drop(self, path: str) -> None:
-        """Forgets a weight that holds its base again."""
+        """Forgets a weight that has another base now."""
         self._copies.pop(path, None)
         self._reads.pop(path, None)
         self._reasons.pop(path, None)
         self._free_if_idle()
 
     def keep(self, paths: Collection[str]) -> None:
-        """Forgets all other weights."""
+        """Forgets all other weights, and gives unused copies back."""
+        self._unused.clear()
         self._copies = {path: copy for path, copy in self._copies.items() if path in paths}
         self._reads = {path: read for path, read in self._reads.items() if path in paths}
         self._reasons = {path: reason for path, reason in self._reasons.items() if path in paths}
@@ -157,7 +184,8 @@ class BaseStore:
     @property
     def nbytes(self) -> int:
         """Bytes of memory held: the copies, and the buffer for reading back."""
-        return sum(copy.nbytes for copy in self._copies.values()) + self._scratch.nbytes
+        copies = (*self._copies.values(), *self._unused.values())
+        return sum(copy.nbytes for copy in copies) + self._scratch.nbytes
 
     def report(self) -> StoreReport:
         """How the weights are kept now."""
@@ -169,19 +197,35 @@ class BaseStore:
         sources = {id(read.source): read.source for read in self._reads.values()}
         changed = not all(source.unchanged() for source in sources.values())
         return StoreReport(
-            self.policy, Counter(way for way, _ in kept), nbytes, Counter(self._reasons.values()), changed
+            self.policy,
+            Counter(way for way, _ in kept),
+            nbytes,
+            Counter(self._reasons.values()),
+            changed,
+            sum(copy.nbytes for copy in self._unused.values()),
         )
 
     def _first(self, path: str, weight: Tensor) -> Tensor:
+        unused = self._unused.pop(path, None)
         if self.policy in ("auto", "checkpoint"):
             try:
                 return self._proved(path, weight)
             except FileError as reason:
                 self._reasons[path] = str(reason)
             self._free_if_idle()
-        copy = _copy_on_device(weight) if self.policy == "device" else _copy_in_ram(weight)
+        copy = unused if self._is_copy(unused, weight) else None
+        if copy is None:
+            copy = _copy_on_device(weight) if self.policy == "device" else _copy_in_ram(weight)
         self._copies[path] = copy
         return copy
+
+    def _is_copy(self, copy: Tensor | None, weight: Tensor) -> bool:
+        """Whether the weight holds those bits, and the copy is where the policy wants it."""
+        wanted = weight.device.type if self.policy == "device" else "cpu"
+        if copy is None or copy.device.type != wanted or not _is_plain(weight):
+            return False
+        # every bit: a write through `.data` leaves no trace that could be looked for instead
+        return same_bits(copy.to(weight.device), weight)
 
     def _proved(self, path: str, weight: Tensor) -> Tensor:
         """`weight` as the file has it, bit for bit. Raises FileError with the reason where it does not."""

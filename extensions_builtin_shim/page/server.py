@@ -1,29 +1,22 @@
-"""The page on 127.0.0.1: one model, one user, one image at a time."""
+"""HTTP: who may ask, what a request may be, and how answers and refusals are sent."""
 
 from __future__ import annotations
 
-import base64
 import json
 import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from modules import errors
 
-from extensions_builtin_shim.limits import BadRequest, checked_prompt, checked_seed, checked_steps
+from extensions_builtin_shim.limits import BadRequest
+from extensions_builtin_shim.page.routes import ROUTES, Answer, NotFound, extension_file
 from extensions_builtin_shim.webui import Webui
-from lib_locon.library import Library
 
 ADDRESS = "127.0.0.1"
 MAX_BODY = 64 * 1024  # bytes
-FILES = {
-    "/": ("page.html", "text/html; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-}
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -46,9 +39,8 @@ class Server(ThreadingHTTPServer):
 
     allow_reuse_address = sys.platform != "win32"  # there it would let two servers have the same port
 
-    def __init__(self, webui: Webui, lora_dir: Path, port: int) -> None:
+    def __init__(self, webui: Webui, port: int) -> None:
         self.webui = webui
-        self.library = Library([lora_dir])
         super().__init__((ADDRESS, port), Handler)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -58,7 +50,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET a file or /api/adapters, POST /api/generate. Every refusal is a JSON sentence."""
+    """Finds the route and sends its answer. Every refusal is a JSON sentence."""
 
     server: Server
     server_version = "tiny-webui"
@@ -66,12 +58,12 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:  # the name http.server calls
-        """The page, its parts, and the adapters there are."""
-        self._answer("GET")
+        """The page, its parts, and what there is."""
+        self._respond("GET")
 
     def do_POST(self) -> None:
-        """Generate."""
-        self._answer("POST")
+        """What changes something."""
+        self._respond("POST")
 
     def log_message(self, format: str, *args: object) -> None:
         """Requests are not logged: the terminal is for what goes wrong with images."""
@@ -82,33 +74,35 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self._send_json(code, {"error": message or HTTPStatus(code).description or HTTPStatus(code).phrase})
 
-    def _answer(self, method: str) -> None:
+    def _respond(self, method: str) -> None:
         try:
             self._check_sender()
-            self._route(method, urlsplit(self.path).path)
+            answer = self._answer(method)
         except Refused as refused:
             self._refuse(refused.status, refused)
         except BadRequest as bad:
             self._refuse(HTTPStatus.BAD_REQUEST, bad)
+        except NotFound as absent:
+            self._refuse(HTTPStatus.NOT_FOUND, absent)
         except (ConnectionError, TimeoutError):
             raise  # nobody is there to be told
         except Exception as error:  # noqa: BLE001  # the user must hear of it, whatever it is, and the page stay up
             errors.report("Error while answering a request", exc_info=True)
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, error)
-
-    def _route(self, method: str, path: str) -> None:
-        routes = {**dict.fromkeys(FILES, "GET"), "/api/adapters": "GET", "/api/generate": "POST"}
-        if path not in routes:
-            raise Refused(HTTPStatus.NOT_FOUND, f"there is nothing at {path}")
-        if routes[path] != method:
-            raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{path} is for {routes[path]} requests")
-        if path == "/api/adapters":
-            self._send_json(HTTPStatus.OK, self._adapters())
-        elif path == "/api/generate":
-            self._send_json(HTTPStatus.OK, self._generate(self._body()))
         else:
-            name, kind = FILES[path]
-            self._send(HTTPStatus.OK, Path(__file__).with_name(name).read_bytes(), kind)
+            self._send(HTTPStatus.OK, answer.content, answer.kind)
+
+    def _answer(self, method: str) -> Answer:
+        url = urlsplit(self.path)
+        file = extension_file(unquote(url.path))
+        if file is not None and method == "GET":
+            return file
+        if url.path not in ROUTES:
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is nothing at {url.path}")
+        wanted, route = ROUTES[url.path]
+        if wanted != method:
+            raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{url.path} is for {wanted} requests")
+        return route(self.server.webui, self._body() if method == "POST" else dict(parse_qsl(url.query)))
 
     def _check_sender(self) -> None:
         """Another site's name may be made to point to 127.0.0.1, and its page then speaks to us as its own server."""
@@ -136,25 +130,6 @@ class Handler(BaseHTTPRequestHandler):
             raise BadRequest("the request must be a JSON object")
         return body
 
-    def _generate(self, body: Mapping[str, object]) -> dict[str, object]:
-        unknown = sorted(body.keys() - {"prompt", "negative_prompt", "seed", "steps"})
-        if unknown:
-            raise BadRequest(f"unknown: {', '.join(unknown)}; known are prompt, negative_prompt, seed and steps")
-        if "prompt" not in body:
-            raise BadRequest("the request has no prompt")
-        run = self.server.webui.generate(
-            checked_prompt(body["prompt"]),
-            checked_prompt(body.get("negative_prompt", "")),
-            seed=checked_seed(body.get("seed", 1)),
-            steps=checked_steps(body.get("steps", 8)),
-        )
-        return run.as_json("data:image/png;base64," + base64.b64encode(run.png).decode())
-
-    def _adapters(self) -> dict[str, object]:
-        library = self.server.library
-        library.refresh()
-        return {"adapters": [{"name": entry.name, "alias": entry.alias} for entry in library.entries]}
-
     def _refuse(self, status: HTTPStatus, error: Exception) -> None:
         self.close_connection = True  # a body that was not read would be taken for the next request
         self._send_json(status, {"error": str(error) or type(error).__name__})
@@ -168,21 +143,3 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-
-
-def serve(webui: Webui, lora_dir: Path, port: int) -> int:
-    """Serves until Ctrl-C; returns the exit code."""
-    try:
-        server = Server(webui, lora_dir, port)
-    except OSError as error:
-        sys.stderr.write(f"port {port} of {ADDRESS} cannot be had ({error.strerror or error}); try another --port\n")
-        return 1
-    try:
-        sys.stdout.write(f"http://{ADDRESS}:{server.server_address[1]}/  (Ctrl-C ends)\n")
-        sys.stdout.flush()
-        server.serve_forever()
-    except KeyboardInterrupt:
-        sys.stdout.write("\n")
-    finally:
-        server.server_close()
-    return 0

@@ -1,0 +1,7 @@
+"""One LoKr module of an adapter."""
+
+from __future__ import annotations
+
+from lib_locon.hosts.legacy_modules import NetworkModuleLokr
+
+__all__ = ["NetworkModuleLokr"]

@@ -1,0 +1,44 @@
+"""The adapters there are and those in use: live views of our session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lora_patches
+from torch import nn
+
+from lib_locon.hosts.a1111 import LoconNetwork, legacy
+from lib_locon.hosts.takeover import name_layers
+
+available_networks = legacy.available_networks
+available_network_aliases = legacy.available_network_aliases
+available_network_hash_lookup = legacy.available_network_hash_lookup
+forbidden_network_aliases = legacy.forbidden_network_aliases
+loaded_networks: list[Any] = []
+loaded_bundle_embeddings: dict[str, Any] = {}
+networks_in_memory: dict[str, Any] = {}
+originals = lora_patches.LoraPatches()
+extra_network_lora = LoconNetwork()
+
+list_available_networks = legacy.files.refresh
+load_networks = legacy.load_networks
+network_apply_weights = legacy.apply_weights
+network_forward = legacy.forward
+network_restore_weights_from_backup = legacy.restore_weights
+network_reset_cached_weight = legacy.reset_cached_weight
+assign_network_names_to_compvis_modules = name_layers
+
+
+def _forward(kind: str) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        network_apply_weights(self)
+        return getattr(originals, f"{kind}_forward")(self, *args, **kwargs)
+
+    return forward
+
+
+network_Linear_forward = _forward("Linear")  # noqa: N816  the built-in's names
+network_Conv2d_forward = _forward("Conv2d")  # noqa: N816
+network_GroupNorm_forward = _forward("GroupNorm")  # noqa: N816
+network_LayerNorm_forward = _forward("LayerNorm")  # noqa: N816
+network_MultiheadAttention_forward = _forward("MultiheadAttention")  # noqa: N816

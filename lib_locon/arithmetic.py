@@ -1,0 +1,132 @@
+"""The arithmetic that all sums are made of: matrices, full fp32 products, and the dtype in which to work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_AUTOCAST = ("cpu", "cuda", "xpu")
+"""Where torch 2.1 knows autocast; it refuses to be told of other devices, also to leave them alone."""
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """`tensor` as `(first axis, all others)`; a view where the memory allows."""
+    return tensor.reshape(tensor.shape[0], -1)
+
+
+def working_dtype(base: Tensor) -> torch.dtype:
+    """In which a change of this weight is made and added: fp32, and fp64 for the rare weight that is stored so."""
+    return torch.float64 if base.dtype == torch.float64 else torch.float32
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right, (m, k) and (k, n) of one dtype, a new tensor; fp32 rounds no factor."""
+    plain = left.dtype == torch.float32 and left.device.type == "cpu"
+    # oneDNN's operator would lose the gradients of factors that are being trained
+    learning = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    fast = _onednn() if plain and not learning else None
+    return left @ right if fast is None else fast(left, right)
+
+
+def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
+    """out ← base + left · right, in the dtype of `out`; `base` may be `out`, or of a narrower dtype."""
+    if base.dtype != out.dtype:  # torch would widen `base` in a temporary of its own, and fp8 not at all
+        base = out.copy_(base)
+    if left.dtype == torch.float32 and left.device.type == "cpu":
+        torch.add(base, product(left, right), out=out)
+    else:
+        torch.addmm(base, left, right, out=out)
+
+
+@cache
+def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """left · right by oneDNN, which torch brings beside MKL; None where it has none, or it is wrong.
+
+    On AMD's processors MKL's fp32 product has half the speed. torch takes oneDNN's for half precision only, and the
+    operator is not among its documented ones: so it is tried on a small product first, and done without on any doubt.
+    """
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise.default
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        # told everything: the host may have set other defaults
+        cpu, fp32 = torch.device("cpu"), torch.float32
+        left = torch.rand((33, 24), generator=generator, dtype=fp32, device=cpu)
+        right = torch.rand((24, 65), generator=generator, dtype=fp32, device=cpu)
+
+        def multiply(left: Tensor, right: Tensor) -> Tensor:
+            # it takes the transpose of a contiguous matrix as it is; another it would put in order first, at great cost
+            result: Tensor = operator(left.contiguous(), right.contiguous().t(), None, "none", [], "")
+            return result
+
+        return multiply if torch.allclose(multiply(left, right), left @ right, rtol=1e-5, atol=1e-5) else None
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return None
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Operations keep the dtypes of their arguments."""
+    asked = getattr(torch.amp, "is_autocast_available", None)  # torch 2.4
+    known = asked(device) if asked is not None else device in _AUTOCAST
+    return torch.autocast(device, enabled=False) if known else nullcontext()
+
+
+@contextmanager
+def exact_arithmetic(device: str) -> Iterator[None]:
+    """Full fp32 products: TF32 keeps 10 bits of a factor, autocast computes in half."""
+    with _FULL_PRECISION, without_autocast(device):
+        yield
+
+
+class _FullPrecision:
+    """The process's precision of fp32 products: full while anybody is inside, then what the host had chosen.
+
+    The choice is one for all threads, so whoever comes first notes it, and whoever leaves last puts it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._put_back: Callable[[], None] = _nothing
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._put_back = _set_full_precision()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._put_back()
+
+
+def _set_full_precision() -> Callable[[], None]:
+    """Returns what puts the host's choice back."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch 2.9 on: the host has chosen by the newer switches, and the two do not mix
+        switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+        chosen = [switch.fp32_precision for switch in switches]
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        return lambda: _set_switches(switches, chosen)
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(before)
+
+
+def _set_switches(switches: Iterable[Any], chosen: Iterable[str]) -> None:
+    for switch, precision in zip(switches, chosen, strict=True):
+        switch.fp32_precision = precision
+
+
+def _nothing() -> None: ...
+
+
+_FULL_PRECISION = _FullPrecision()

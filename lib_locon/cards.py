@@ -1,0 +1,259 @@
+"""What a card shows of an adapter file, and what a click on it writes into the prompt. Knows neither host nor HTML."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib_locon.errors import FileError
+from lib_locon.facts import Facts, FactsIndex
+from lib_locon.files.reader import FileIdentity
+from lib_locon.library import Entry, Library
+
+PICTURES = ("png", "jpg", "jpeg", "webp", "gif")
+MAX_USER_METADATA = 1_000_000
+"""Bytes of a `<file>.json`; a larger one is no user's notes."""
+KNOWN_BASES = ("SD1", "SD2", "SDXL")
+"""What the webui's editor lets the user choose as "sd version"."""
+
+
+@dataclass(frozen=True)
+class UserMetadata:
+    """What the user wrote about a file, in the `.json` beside it. `raw` is all of it, also what we do not know."""
+
+    description: str = ""
+    activation_text: str = ""
+    negative_text: str = ""
+    preferred_weight: float = 0.0
+    notes: str = ""
+    sd_version: str = ""
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, data: object) -> UserMetadata:
+        """From the JSON. A value of another type than the webui's editor writes counts as not there."""
+        raw = data if isinstance(data, dict) else {}
+
+        def text(key: str) -> str:
+            return raw[key] if isinstance(raw.get(key), str) else ""
+
+        weight = raw.get("preferred weight")
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
+        return cls(
+            description=text("description"),
+            activation_text=text("activation text"),
+            negative_text=text("negative text"),
+            preferred_weight=float(weight or 0) if is_number else 0.0,
+            notes=text("notes"),
+            sd_version=text("sd version"),
+            raw=raw,
+        )
+
+
+@dataclass(frozen=True)
+class Card:
+    """One file. `name` is unique among the cards; `tag` is the name to write, empty where no tag can hold one.
+
+    `facts` is None while its header waits to be read.
+    """
+
+    name: str
+    tag: str
+    path: Path
+    identity: FileIdentity
+    created: int
+    facts: Facts | None
+    user: UserMetadata
+    preview: Path | None
+    names: tuple[str, ...]
+    """Every name by which a tag may call the file."""
+
+    @property
+    def family(self) -> str:
+        """The families in a word or two, the telling ones: a LoCon has LoRA layers as well."""
+        labels = self.facts.families if self.facts else ()
+        parts = [label for label in labels if not any(_says_more(other, label) for other in labels)]
+        return " + ".join(parts)
+
+    @property
+    def rank(self) -> str:
+        """Such as `8`, or `4–16`; empty for a family without."""
+        ranks = self.facts.ranks if self.facts else None
+        if ranks is None:
+            return ""
+        return f"{ranks[0]}" if ranks[0] == ranks[1] else f"{ranks[0]}–{ranks[1]}"
+
+    @property
+    def base(self) -> str:
+        """The family of base models: the user's word, else what the tensors say."""
+        if self.user.sd_version in KNOWN_BASES:
+            return self.user.sd_version
+        return self.facts.base if self.facts else ""
+
+    @property
+    def problem(self) -> str:
+        """Why the file, or its name, cannot be used."""
+        if self.facts is not None and self.facts.problem:
+            return self.facts.problem
+        return "" if self.tag else f"no tag can hold the name {self.name!r} (because of : or >): rename the file"
+
+    @property
+    def search_terms(self) -> tuple[str, ...]:
+        """What the search field finds it by, beside its path."""
+        facts = self.facts or Facts()
+        terms = (*self.names, facts.hash, *facts.families, self.base, *facts.triggers)
+        return tuple(dict.fromkeys(term for term in terms if term))
+
+    @property
+    def sort_keys(self) -> dict[str, int | str]:
+        """What the cards can be sorted by."""
+        modified = self.identity.mtime_ns // 10**9
+        name = self.name.rpartition("/")[2].lower()
+        return {"date_created": self.created, "date_modified": modified, "name": name, "path": str(self.path).lower()}
+
+    def inserted(self, default_weight: float) -> str:
+        """What a click puts into the prompt."""
+        weight = self.user.preferred_weight or default_weight
+        parts = (f"<lora:{self.tag}:{weight:g}>" if self.tag else "", self.user.activation_text)
+        return " ".join(part for part in parts if part)
+
+
+def read_user_metadata(path: Path) -> UserMetadata:
+    """What stands in the JSON beside the adapter at `path`; nothing where that cannot be read."""
+    file = path.with_suffix(".json")
+    try:
+        if file.stat().st_size <= MAX_USER_METADATA:
+            return UserMetadata.of(json.loads(file.read_text(encoding="utf8")))
+    except (OSError, ValueError, RecursionError):
+        pass  # no file, one that the user is writing, or one that is not meant for us
+    return UserMetadata()
+
+
+def fits(base: str, model_base: str) -> bool | None:
+    """Whether an adapter for `base` is for a model of this family; None where one of them cannot be told."""
+    unsure = any(not name or (name.startswith("unknown") and "width" not in name) for name in (base, model_base))
+    return None if unsure else base == model_base
+
+
+class Cards:
+    """The cards of a library. `patience` is how many seconds it waits for headers that were not read yet."""
+
+    def __init__(self, library: Library, index: FactsIndex | None = None, *, patience: float = 5.0) -> None:
+        self.library = library
+        self.index = index or FactsIndex(allow_pickle=library.allow_pickle)
+        self.patience = patience
+
+    def all(self, *, prefer_alias: bool = True) -> list[Card]:
+        """All of them, in the library's order."""
+        files = self._files()
+        self.index.read((file.identity for file in files), self.patience)
+        return self._cards(files, files, prefer_alias)
+
+    def find(self, name: str, *, prefer_alias: bool = True) -> Card | None:
+        """The card of that name."""
+        files = self._files()
+        names = _Names(files)
+        wanted = [file for file in files if _shortest(file.entry, names) == name]
+        self.index.read((file.identity for file in wanted), self.patience)
+        return next(iter(self._cards(wanted, files, prefer_alias)), None)
+
+    def read_ahead(self) -> None:
+        """Begins to read the headers, in the background."""
+        self.index.read(file.identity for file in self._files())
+
+    def _files(self) -> list[_File]:
+        return [file for file in map(_File.of, self.library.entries) if file is not None]
+
+    def _cards(self, wanted: Iterable[_File], files: Sequence[_File], prefer_alias: bool) -> list[Card]:
+        known = [self.index.known(file.identity) for file in files]
+        names = _Names(files, [facts.alias for facts in known if facts])
+        folders = _Folders()
+        sure = prefer_alias and None not in known  # a file that was not read yet may have the same alias
+        return [self._card(file, names, folders, sure) for file in wanted]
+
+    def _card(self, file: _File, names: _Names, folders: _Folders, prefer_alias: bool) -> Card:
+        entry, facts = file.entry, self.index.known(file.identity)
+        alias = facts.alias if facts else ""
+        name = _shortest(entry, names)
+        choices = [alias] if prefer_alias and alias and names.is_of_one(alias) else []
+        tag = next((choice for choice in (*choices, name, entry.name) if _fits_into_a_tag(choice)), "")
+        return Card(
+            name, tag, entry.path, file.identity, file.created, facts,
+            folders.user_metadata(entry.path), folders.picture(entry.path),
+            tuple(dict.fromkeys(filter(None, (entry.name, entry.stem, alias)))),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _File:
+    entry: Entry
+    identity: FileIdentity
+    created: int
+
+    @classmethod
+    def of(cls, entry: Entry) -> _File | None:
+        try:
+            return cls(entry, FileIdentity.of(entry.path), int(entry.path.stat().st_ctime))
+        except (OSError, FileError):
+            return None  # it went away since the folder was listed
+
+
+class _Names:
+    """Which names lead to one file only."""
+
+    def __init__(self, files: Sequence[_File], aliases: Iterable[str] = ()) -> None:
+        self.stems = Counter(file.entry.stem for file in files)
+        self.paths = {file.entry.name for file in files}
+        self.aliases = Counter(aliases)
+
+    def is_of_one(self, alias: str) -> bool:
+        """Whether a tag with this alias finds its file: names and stems come first."""
+        return self.aliases[alias] == 1 and alias not in self.paths and not self.stems[alias]
+
+
+def _shortest(entry: Entry, names: _Names) -> str:
+    """The file's own name where it alone has that, else with its folder."""
+    alone = names.stems[entry.stem] == 1 and (entry.stem == entry.name or entry.stem not in names.paths)
+    return entry.stem if alone else entry.name
+
+
+def _fits_into_a_tag(name: str) -> bool:
+    return bool(name) and name == name.strip() and not any(mark in name for mark in ":>")
+
+
+def _says_more(label: str, than: str) -> bool:
+    """LoHa Tucker says more than LoHa, and LoCon, a LoRA on convolutions too, more than LoRA."""
+    plain = {"LoRA": "LoCon", "DoRA LoRA": "DoRA LoCon"}.get(than, than)
+    return label != than and label.startswith((than, plain))
+
+
+class _Folders:
+    """Looks each folder up once per listing. Works on texts: ten thousand paths have a hundred thousand neighbours."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+
+    def picture(self, path: Path) -> Path | None:
+        """The preview beside a file: `<file>.png`, `<file>.preview.png`, and so on."""
+        names, stem = self._beside(path), path.stem
+        wanted = (f"{stem}{middle}.{ending}" for ending in PICTURES for middle in ("", ".preview"))
+        return next((path.with_name(name) for name in wanted if name in names), None)
+
+    def user_metadata(self, path: Path) -> UserMetadata:
+        """What stands in the JSON beside a file."""
+        return read_user_metadata(path) if f"{path.stem}.json" in self._beside(path) else UserMetadata()
+
+    def _beside(self, path: Path) -> frozenset[str]:
+        folder = os.path.dirname(path)  # noqa: PTH120  a text, see above
+        if folder not in self._names:
+            try:
+                self._names[folder] = frozenset(os.listdir(folder))  # noqa: PTH208  names alone, in one call
+            except OSError:
+                self._names[folder] = frozenset()
+        return self._names[folder]

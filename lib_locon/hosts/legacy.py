@@ -1,0 +1,178 @@
+"""What other extensions see of the set in use, and may change: one object per adapter, under the built-in's names.
+
+Reading an object gives what the model holds. Setting `te_multiplier`, `unet_multiplier` or `dyn_dim` of one, or taking
+one out of the list, is honoured
+
+- at `activate`, where a class attribute was replaced by a property (it is read, then and at each step);
+- before each call of the denoising network, after every other extension's callback for it: for the UNet at once, for a
+  text encoder when it encodes the next time, which in the webui is after the next `activate`;
+- whenever somebody calls `networks.network_apply_weights` or a `network_…_forward`: for all layers at once.
+
+What was set stays until the next `activate`, which starts from the prompt again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from lib_locon.hosts.legacy_modules import LiveModules
+from lib_locon.session import Session, Use
+
+log = logging.getLogger("lib_locon")
+TE, UNET, DYN = "te_multiplier", "unet_multiplier", "dyn_dim"
+
+
+class Names(Protocol):
+    """Where the objects are shown: who owns the names, and what an object is made of."""
+
+    @property
+    def loaded(self) -> list[Any]:
+        """The list of those in use."""
+
+    @property
+    def in_memory(self) -> dict[str, Any]:
+        """Name → object."""
+
+    @property
+    def kind(self) -> type[Any]:
+        """The objects' class."""
+
+    def on_disk(self, path: Path) -> Any:
+        """The object for a file."""
+
+
+@dataclass(eq=False)
+class _Shown:
+    """An object, the use that it stands for, what we wrote into it, and what has been set by somebody else since."""
+
+    network: Any
+    use: Use
+    written: dict[str, object] = field(default_factory=dict)
+    theirs: set[str] = field(default_factory=set)
+
+    def write(self) -> None:
+        """Shows what the use asks for, but leaves alone what somebody else has set."""
+        strengths = self.use.strengths
+        for name, value in ((TE, strengths.te), (UNET, strengths.unet), (DYN, self.use.dyn)):
+            if name not in self.theirs:
+                self.written[name] = value
+                _set(self.network, name, value)
+
+    def look(self) -> None:
+        """Notes what does not read as we wrote it."""
+        changed = {name for name, value in self.written.items() if getattr(self.network, name, value) != value}
+        self.theirs |= changed
+
+    def wanted(self) -> Use:
+        """The use with what somebody else has set."""
+        strengths, dyn = self.use.strengths, self.use.dyn
+        if TE in self.theirs and (te := self._number(TE)) is not None:
+            strengths = replace(strengths, te=te, encoders=())
+        if UNET in self.theirs and (unet := self._number(UNET)) is not None:
+            strengths = replace(strengths, unet=unet, parts=())
+        if DYN in self.theirs:
+            dim = getattr(self.network, DYN)
+            dyn = dim if dim is None or (type(dim) is int and dim > 0) else dyn
+        return Use(self.use.adapter, strengths, dyn, self.use.name)
+
+    def now(self) -> Use:
+        """What the object says at this moment."""
+        self.look()
+        return self.wanted() if self.theirs else self.use
+
+    def _number(self, name: str) -> float | None:
+        value = getattr(self.network, name)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        log.warning("another extension set %s of %r to %r, which is no strength: not used", name, self.use.name, value)
+        self.theirs.discard(name)  # said once, and ours again
+        self.write()
+        return None
+
+
+class LoadedNetworks:
+    """The objects of the set in use. Without `names` nobody looks, and nothing is shown."""
+
+    def __init__(self) -> None:
+        self.names: Names | None = None
+        self.touched = False
+        """Whether anything was changed from outside since the last `show`."""
+        self._shown: list[_Shown] = []
+
+    def show(self, uses: Sequence[Use], model: nn.Module, session: Session) -> list[Use]:
+        """Puts an object for each use in the place of those before. Returns what to apply, as `adjusted`."""
+        self.touched = False
+        self._shown = []
+        if self.names is None:
+            return list(uses)
+        for use in uses:
+            shown = _Shown(_blank(self.names, use), use)
+            _set(shown.network, "modules", LiveModules(shown.network, shown.now, model, session))
+            self._shown.append(shown)
+        networks = [shown.network for shown in self._shown]
+        self.names.loaded[:] = networks
+        self.names.in_memory.clear()
+        self.names.in_memory.update({network.name: network for network in networks})
+        return self.adjusted(list(uses))
+
+    def adjusted(self, uses: list[Use]) -> list[Use]:
+        """`uses`, one for each that is shown, with what others have set; the very same list if nothing was."""
+        if self.names is None or len(uses) != len(self._shown):
+            return uses
+        listed = {id(network) for network in self.names.loaded}
+        wanted: list[Use] = []
+        for shown, use in zip(self._shown, uses, strict=True):
+            shown.look()
+            shown.use = use
+            shown.write()
+            shown.look()  # a property may answer for itself, whatever is written
+            if id(shown.network) in listed:
+                wanted.append(shown.wanted() if shown.theirs else use)
+        if all(one is other for one, other in zip(wanted, uses, strict=False)) and len(wanted) == len(uses):
+            return uses
+        self.touched = True
+        return wanted
+
+    @property
+    def current(self) -> tuple[object, ...]:
+        """What the objects in the list say now: comparable, and cheap to ask for."""
+        loaded = self.names.loaded if self.names is not None else ()
+        return tuple((id(n), *(getattr(n, name, None) for name in (TE, UNET, DYN))) for n in loaded)
+
+    def clear(self) -> None:
+        """Nothing is in use."""
+        self._shown = []
+        if self.names is not None:
+            self.names.loaded.clear()
+            self.names.in_memory.clear()
+
+
+def _blank(names: Names, use: Use) -> Any:
+    # not through __init__: the class is another's, and its attributes may be properties by now
+    network: Any = object.__new__(names.kind)
+    for name, value in {
+        "name": use.name or use.adapter.name,
+        "mentioned_name": use.name or use.adapter.name,
+        "network_on_disk": names.on_disk(Path(use.adapter.identity.path)),
+        "mtime": use.adapter.identity.mtime_ns / 1e9,
+        "bundle_embeddings": {},  # those are put into the host's table, and taken out, by us
+    }.items():
+        _set(network, name, value)
+    return network
+
+
+def _set(network: Any, name: str, value: object) -> None:
+    with suppress(AttributeError):  # somebody made a property of it that cannot be set: then it says what it is
+        setattr(network, name, value)

@@ -1,0 +1,158 @@
+"""Products and sums: exact to fp32 whatever makes them, and buffers that are used again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lib_locon
+from lib_locon import Session, Strengths, Use, arithmetic
+from lib_locon.arithmetic import add_product, exact_arithmetic, product
+from lib_locon.families.lora import LoRA
+from lib_locon.patching.compute import TILE, Workspace, patched
+from tests.conftest import MakePatch, WriteAdapter, Zoo
+
+CPU = torch.device("cpu")
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "without it"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Both ways to multiply: what torch brings differs from build to build."""
+    if not request.param:
+        monkeypatch.setattr(arithmetic, "_onednn", lambda: None)
+    yield request.param
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 7), (320, 8, 2880), (77, 96, 1283)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.usefixtures("onednn")
+def test_a_product_is_that_of_float64(size: tuple[int, int, int], transposed: bool) -> None:
+    m, k, n = size
+    left, right = rand(m, k), rand(k, n, seed=1)
+    if transposed:
+        left, right = left.T.contiguous().T, right.T.contiguous().T
+    exact = left.double() @ right.double()
+    assert torch.allclose(product(left, right).double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        base, out = rand(m, n, seed=2).to(dtype), torch.empty(m, n)
+        add_product(out, base, left, right)
+        assert torch.allclose(out.double(), base.double() + exact, rtol=1e-5, atol=1e-5 * k**0.5)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_the_host_cannot_lower_the_precision_of_a_product() -> None:
+    left, right = rand(64, 64), rand(64, 64, seed=1)
+    exact = left.double() @ right.double()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic("cpu"):
+            found = product(left, right)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_precision_is_full_until_the_last_thread_is_done() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        first, second = exact_arithmetic("cpu"), exact_arithmetic("cpu")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "highest"
+        second.__exit__(None, None, None)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_a_host_that_uses_the_newer_precision_switches(write_adapter: WriteAdapter, tmp_path: Path) -> None:
+    factors = {"lora_up.weight": rand(8, 2), "lora_down.weight": rand(2, 12)}
+    path = write_adapter(tmp_path / "a.safetensors", {"linear": factors})
+    script = (
+        "import sys, torch, lib_locon\n"
+        "from torch import nn\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "model = nn.ModuleDict({'linear': nn.Linear(12, 8)})\n"
+        "use = lib_locon.Use(lib_locon.load(sys.argv[1]))\n"
+        "assert lib_locon.Session(model).apply([use]).written == 1\n"
+        "assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
+    )  # in a process of its own: the two kinds of switches never mix again in one
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)],
+        cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_buffer_is_taken_again_and_never_for_another_name() -> None:
+    space = Workspace()
+    first = space.take("up", (10, 10), torch.float32, CPU)
+    assert space.take("up", (5, 20), torch.float32, CPU).data_ptr() == first.data_ptr()
+    assert space.take("down", (10, 10), torch.float32, CPU).data_ptr() != first.data_ptr()
+    assert space.take("up", (20, 20), torch.float32, CPU).shape == (20, 20)
+    assert space.take("up", (3, 3), torch.float64, CPU).dtype == torch.float64
+
+
+def test_a_sum_over_several_tiles_is_that_of_one(patch: MakePatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, up, down = rand(48, 64), rand(48, 4, seed=1), rand(4, 64, seed=2)
+    patches = [patch("w", up=up, down=down, strength=0.7), patch("w", rand(48, 64, seed=3), source="b", strength=-2.0)]
+    assert base.numel() < TILE
+    whole, _ = patched(base, patches)
+    monkeypatch.setattr("lib_locon.patching.compute.TILE", 7 * 64)
+    tiled, _ = patched(base, patches)
+    assert torch.allclose(whole, tiled, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_cannot_overflow_is_not_looked_at_and_what_can_is(patch: MakePatch, dtype: torch.dtype) -> None:
+    small = [patch("w", up=torch.full((4, 2), 0.5), down=torch.full((2, 4), 0.5))]
+    largest = torch.full((4, 4), torch.finfo(dtype).max, dtype=dtype)
+    total, extremes = patched(largest, small)
+    assert extremes is None
+    assert bool(torch.isfinite(total).all())
+    large = [patch("w", up=torch.full((4, 2), 3e4), down=torch.full((2, 4), 3e30))]
+    _, extremes = patched(largest, large)
+    assert extremes is not None
+    beyond = torch.full((4, 4), torch.finfo(torch.float32).max)
+    _, extremes = patched(beyond, small, torch.float16)  # narrower than its base
+    assert extremes is not None
+
+
+def test_factors_are_moved_to_a_device_once_and_let_go_with_their_set(
+    zoo: Zoo, write_adapter: WriteAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = torch.device("meta")  # stands for any device but the CPU
+    moves: list[torch.device] = []
+    move = LoRA.to
+
+    def counted(self: LoRA, device: torch.device, dtype: torch.dtype | None = None) -> LoRA:
+        moves.append(device)
+        return move(self, device, dtype)
+
+    factors = {"lora_up.weight": rand(8, 2), "lora_down.weight": rand(2, 12)}
+    adapter = lib_locon.load(write_adapter(tmp_path / "a.safetensors", {"linear": factors}))
+    model: nn.Module = zoo()
+    session = Session(model)
+    session.apply([Use(adapter)])
+    layer = session.match(adapter).matched[0].layer
+    monkeypatch.setattr(LoRA, "to", counted)
+    for strength in (0.5, 0.7, 0.9):
+        layer.low_rank(elsewhere)
+        session.apply([Use(adapter, Strengths.both(strength))])
+    assert moves == [elsewhere]
+    session.apply([])
+    layer.low_rank(elsewhere)
+    assert moves == [elsewhere, elsewhere]
