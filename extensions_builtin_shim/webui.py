@@ -105,13 +105,13 @@ class Webui:
             initialize.start()
 
     def generate(
-        self, prompt: str, negative_prompt: str = "", *, seed: int = 1, steps: int = 8, guidance: float = 5.0
+        self, prompt: str, negative_prompt: str = "", *, seed: int = 1, steps: int = 8, guidance: float = 2.5
     ) -> Run:
         """One image, as the webui's Generate makes it. Calls from several threads wait for each other."""
         return self.generate_all(prompt, negative_prompt, seed=seed, steps=steps, guidance=guidance)[0]
 
     def generate_all(
-        self, prompt: str, negative_prompt: str = "", *, seed: int, steps: int, guidance: float = 5.0, count: int = 1
+        self, prompt: str, negative_prompt: str = "", *, seed: int, steps: int, guidance: float = 2.5, count: int = 1
     ) -> tuple[Run, ...]:
         """The images of one job: `count` batches of one image, with the seeds from `seed` on. Fewer if interrupted."""
         p = StableDiffusionProcessingTxt2Img(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks import cards as benchmark
 from extensions_builtin_shim.launch import launch, put_modules_on_path
 from extensions_builtin_shim.tiny_sd import TinySD
 from lib_locon import facts, index
@@ -266,3 +268,14 @@ def test_the_webui_keeps_it_in_its_own_folder(
     monkeypatch.setenv("SD_WEBUI_CACHE_DIR", str(tmp_path / "elsewhere"))
     assert page(data_dir=data) == [""]
     assert [each.name for each in (tmp_path / "elsewhere").iterdir()] == [file.name]
+
+
+def test_the_benchmark_measures_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--files", "101", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["rows"]
+    assert [rows[row]["cards"] for row in benchmark.ROWS] == [101] * 3
+    assert [rows[row]["from_index"] for row in benchmark.ROWS] == [0, 101, 101]
+    assert rows["warm"]["seconds"] < rows["cold"]["seconds"]
+    assert "warm" in benchmark.table(found)
+    assert len(benchmark.modules()) == 264

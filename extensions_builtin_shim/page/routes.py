@@ -34,7 +34,7 @@ KINDS = {
     ".webp": "image/webp",
     ".gif": "image/gif",
 }
-DEFAULTS: dict[str, Any] = {"negative_prompt": "", "seed": 1, "steps": 8, "guidance": 5.0, "count": 1}
+DEFAULTS: dict[str, Any] = {"negative_prompt": "", "seed": 1, "steps": 8, "guidance": 2.5, "count": 1}
 _HEAD = "<!-- what the extensions add -->"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from .config import Config
 from .model import TinySD
 
 CONFIG_KEY = "tiny_sd_config"
+CHECKPOINT = Path(__file__).parent / "models" / "Stable-diffusion" / "tiny_sd.safetensors"
+"""The trained model (see docs/tiny_sd.md)."""
 
 
 def checkpoint_name(name: str) -> str:
@@ -21,10 +24,10 @@ def checkpoint_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "wrapped")
 
 
-def save(model: TinySD, path: str | Path) -> None:
-    """Write all weights and fixed maps, each in its dtype, with the sizes in the header."""
+def save(model: TinySD, path: str | Path, texts: Mapping[str, str] | None = None) -> None:
+    """Write all weights and fixed maps, each in its dtype, with the sizes and `texts` in the header."""
     tensors = {checkpoint_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, path, metadata={CONFIG_KEY: json.dumps(asdict(model.config))})
+    save_file(tensors, path, metadata={CONFIG_KEY: json.dumps(asdict(model.config)), **(texts or {})})
 
 
 def load(path: str | Path) -> TinySD:
@@ -42,6 +45,11 @@ def load(path: str | Path) -> TinySD:
     live = {checkpoint_name(name): name for name in model.state_dict()}
     model.load_state_dict({live.get(name, name): tensor for name, tensor in stored.items()}, assign=True)
     return model
+
+
+def load_trained(path: str | Path = CHECKPOINT) -> TinySD:
+    """The trained model in fp32: the file holds fp16, in which a processor is slow and less exact."""
+    return load(path).float()
 
 
 def read_config(metadata: dict[str, str]) -> Config:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .clip import ClipTextModel
 from .config import Config
@@ -65,33 +66,42 @@ class CondStage(nn.Module):
 
 
 class FirstStage(nn.Module):
-    """A fixed linear map between pictures of three channels and latents of four, in place of SD1's autoencoder.
+    """A fixed map between pictures and latents, in place of SD1's autoencoder. Exactly invertible, nothing is learnt.
 
-    Three columns of a Hadamard matrix: orthogonal, so the way back is the transpose over four. A picture between
-    0 and 1 with ordinary contrast has latents of variance near 1, which the noise schedule expects.
+    Each square of `patch` pixels becomes one latent of all its numbers (space to depth), mixed by an orthogonal matrix.
+    For single pixels that is three columns of a Hadamard matrix, which gives four latents as SD1 has; else it is the
+    identity. A picture between 0 and 1 with ordinary contrast has latents of variance near 1, which the noise schedule
+    expects.
     """
 
     encoder: Tensor
     decoder: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, patch: int = 1) -> None:
         super().__init__()
-        rows = [[1.0, 1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]]
-        matrix = torch.tensor(rows, device="cpu")
+        self.patch = patch
+        if patch == 1:
+            rows = [[1.0, 1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]]
+            matrix = torch.tensor(rows, device="cpu")
+        else:
+            matrix = torch.eye(3 * patch**2, device="cpu")
         self.register_buffer("encoder", matrix)
-        self.register_buffer("decoder", matrix.T.contiguous() / 4)
+        # the columns are orthogonal and equally long, so the way back is the transpose over their squared length
+        self.register_buffer("decoder", matrix.T.contiguous() / float(matrix[:, 0].square().sum()))
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """(B, 3, H, W), 0 to 1 -> latents (B, 4, H, W)."""
-        return torch.einsum("lc,bchw->blhw", self.encoder.to(pictures.dtype), pictures * 2 - 1)
+        """(B, 3, H, W), 0 to 1 -> latents (B, 4, H, W), or (B, 3·patch², H/patch, W/patch)."""
+        parts = functional.pixel_unshuffle(pictures * 2 - 1, self.patch)
+        return torch.einsum("lc,bchw->blhw", self.encoder.to(parts.dtype), parts)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, 4, H, W) -> pictures (B, 3, H, W), around 0 to 1 and not clamped."""
-        return torch.einsum("cl,blhw->bchw", self.decoder.to(latents.dtype), latents) / 2 + 0.5
+        """Latents -> pictures (B, 3, H, W), around 0 to 1 and not clamped."""
+        parts = torch.einsum("cl,blhw->bchw", self.decoder.to(latents.dtype), latents)
+        return functional.pixel_shuffle(parts, self.patch) / 2 + 0.5
 
 
 class TinySD(nn.Module):
-    """Text-to-image diffusion that predicts the noise. See `TinySD.random` for one that is ready to run."""
+    """Text-to-image diffusion. See `TinySD.random` for one that is ready to run."""
 
     alphas_cumprod: Tensor
 
@@ -100,7 +110,7 @@ class TinySD(nn.Module):
         self.config = config
         self.model = DiffusionWrapper(config)
         self.cond_stage_model = CondStage(config)
-        self.first_stage_model = FirstStage()
+        self.first_stage_model = FirstStage(config.patch)
         self.register_buffer("alphas_cumprod", scaled_linear_alphas(), persistent=False)
 
     @classmethod
@@ -122,7 +132,10 @@ class TinySD(nn.Module):
         return out
 
     def apply_model(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Noise in x (B, 4, H, W) at timesteps t (B,) int64; given back in x's dtype, computed in the weights'."""
+        """Noise in x (B, C, H, W) at timesteps t (B,) int64; given back in x's dtype, computed in the weights'."""
         dtype = next(self.model.parameters()).dtype
-        noise: Tensor = self.model(x.to(dtype), t, context.to(dtype))
-        return noise.to(x.dtype)
+        guess: Tensor = self.model(x.to(dtype), t, context.to(dtype)).to(x.dtype)
+        if self.config.prediction == "eps":
+            return guess
+        kept = self.alphas_cumprod[t][:, None, None, None]
+        return (x - kept.sqrt() * guess) / (1 - kept).sqrt()

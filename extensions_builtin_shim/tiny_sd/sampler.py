@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -21,8 +21,8 @@ def timesteps(steps: int) -> list[int]:
 
 
 def initial_noise(model: TinySD, seed: int, batch_size: int) -> Tensor:
-    """(B, 4, H, W) fp32 on the model's device. Picture i is that of `seed + i` alone, as in the host."""
-    size = model.config.image_size
+    """Latents (B, C, H, W) fp32 on the model's device. Picture i is that of `seed + i` alone, as in the host."""
+    size = model.config.latent_size
     noise = [
         torch.randn(model.config.in_channels, size, size, generator=torch.Generator("cpu").manual_seed(seed + index))
         for index in range(batch_size)
@@ -31,7 +31,7 @@ def initial_noise(model: TinySD, seed: int, batch_size: int) -> Tensor:
 
 
 def as_pictures(first_stage: FirstStage, latents: Tensor) -> Tensor:
-    """The nearest latents that real pictures could have had: (B, 4, H, W) -> the same.
+    """The nearest latents that real pictures could have had: (B, C, H, W) -> the same.
 
     Guidance and untrained weights overshoot. Clipping alone would leave flat black and white, so the brightest half
     per cent of each picture is clipped and the rest scaled back to fit. A guess within range stays as it is.
@@ -42,7 +42,7 @@ def as_pictures(first_stage: FirstStage, latents: Tensor) -> Tensor:
 
 
 def guided_noise(model: TinySD, x: Tensor, t: int, context: Tensor, guidance: float) -> Tensor:
-    """Noise in x (B, 4, H, W), pushed away from the negative prompt. context (2B, L, C): prompt, then negative."""
+    """Noise in x (B, C, H, W), pushed away from the negative prompt. context (2B, L, C): prompt, then negative."""
     times = torch.full((context.shape[0],), t, device=x.device)
     wanted, unwanted = model.apply_model(torch.cat([x, x]), times, context).chunk(2)
     return unwanted + guidance * (wanted - unwanted)
@@ -51,7 +51,7 @@ def guided_noise(model: TinySD, x: Tensor, t: int, context: Tensor, guidance: fl
 @torch.no_grad()
 def sample(
     model: TinySD,
-    prompt: str,
+    prompt: str | Sequence[str],
     negative_prompt: str = "",
     *,
     seed: int,
@@ -60,15 +60,15 @@ def sample(
     batch_size: int = 1,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Pictures (B, 3, H, W) fp32, 0 to 1.
+    """Pictures (B, 3, H, W) fp32, 0 to 1. Picture i is that of `seed + i`, and of prompt i where several are given.
 
-    `on_step(step, steps, latents)` runs before each step, from 0, with latents (B, 4, H, W): weights changed there
+    `on_step(step, steps, latents)` runs before each step, from 0, with latents (B, C, H, W): weights changed there
     count from that step on, and whatever it raises ends the sampling. The text is encoded once, at the start.
     """
     plan = timesteps(steps)
-    x = initial_noise(model, seed, batch_size)
-    texts = model.learned_conditioning([prompt, negative_prompt])
-    context = texts.repeat_interleave(batch_size, dim=0)
+    prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
+    x = initial_noise(model, seed, len(prompts))
+    context = model.learned_conditioning([*prompts, *[negative_prompt] * len(prompts)])
     alphas = [float(model.alphas_cumprod[t]) for t in plan] + [1.0]
     for step, t in enumerate(plan):
         if on_step is not None:
@@ -76,6 +76,10 @@ def sample(
         noise = guided_noise(model, x, t, context, guidance)
         here, after = alphas[step], alphas[step + 1]
         clean = as_pictures(model.first_stage_model, (x - (1 - here) ** 0.5 * noise) / here**0.5)
+        if model.config.prediction == "sample":
+            # What was cut off the picture must not stay in the noise, or it comes back with the opposite sign. (Random
+            # weights, which guess noise, are out of range at every step: for them this would leave nothing else.)
+            noise = (x - here**0.5 * clean) / (1 - here) ** 0.5
         x = after**0.5 * clean + (1 - after) ** 0.5 * noise
     return model.first_stage_model.decode(x).clamp(0, 1)
 
