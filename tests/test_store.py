@@ -635,6 +635,7 @@ sets = [[use(some, 1.0)], [use(some, 0.5), use(every, 1.0)], [use(every, 1.0)]]
 levels = []
 for number in range(200):
     session.apply(sets[number % 3] if number % 40 == 0 else [use(some, number / 7 + 1)])
+    settle()  # a tile's buffer more or less in the allocator's hands is no growth
     levels.append(anonymous())
 session.restore()
 settle()
