@@ -44,6 +44,22 @@ def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(base, left, right, out=out)
 
 
+def add_scaled(total: Tensor, augend: Tensor, change: Tensor, strength: float) -> None:
+    """total ← augend + strength · change, in one pass; `augend` is `total` itself, or shares no memory with it."""
+    if augend is total:  # so that it can be trained through
+        total.add_(change, alpha=strength)
+    else:
+        torch.add(augend, change, alpha=strength, out=total)
+
+
+def add_scaled_product(total: Tensor, augend: Tensor, one: Tensor, other: Tensor, strength: float) -> None:
+    """total ← augend + strength · one ⊙ other, as `add_scaled`; torch stretches the factors to fit."""
+    if augend is total:
+        total.addcmul_(one, other, value=strength)
+    else:
+        torch.addcmul(augend, one, other, value=strength, out=total)
+
+
 @cache
 def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
     """left · right by oneDNN, which torch brings beside MKL; None where it has none, or it is wrong.

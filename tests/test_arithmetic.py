@@ -14,9 +14,11 @@ from torch import Tensor, nn
 import lib_locon
 from lib_locon import Session, Strengths, Use, arithmetic
 from lib_locon.arithmetic import add_product, exact_arithmetic, product
+from lib_locon.families.build import Hints, build_layers
+from lib_locon.families.dora import DoRALayer
 from lib_locon.families.lora import LoRA
 from lib_locon.patching.compute import TILE, Workspace, patched
-from tests.conftest import MakePatch, WriteAdapter, Zoo
+from tests.conftest import TORCH, MakePatch, WriteAdapter, Zoo
 
 CPU = torch.device("cpu")
 
@@ -77,7 +79,7 @@ def test_precision_is_full_until_the_last_thread_is_done() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+@pytest.mark.skipif(TORCH < (2, 9), reason="torch before 2.9 has no such switches")
 def test_a_host_that_uses_the_newer_precision_switches(write_adapter: WriteAdapter, tmp_path: Path) -> None:
     factors = {"lora_up.weight": rand(8, 2), "lora_down.weight": rand(2, 12)}
     path = write_adapter(tmp_path / "a.safetensors", {"linear": factors})
@@ -156,3 +158,17 @@ def test_factors_are_moved_to_a_device_once_and_let_go_with_their_set(
     session.apply([])
     layer.low_rank(elsewhere)
     assert moves == [elsewhere, elsewhere]
+
+
+def test_the_magnitude_of_a_dora_is_moved_once_too() -> None:
+    elsewhere = torch.device("meta")
+    factors = {"lora_up.weight": rand(8, 2), "lora_down.weight": rand(2, 12), "dora_scale": 1 + rand(8, 1)}
+    ((layer,), _) = build_layers(factors, Hints())
+    assert isinstance(layer, DoRALayer)
+    rows = torch.empty(8, 12, device=elsewhere)
+    layer.adder(rows)(rows, rows, rows, 0, 1.0)
+    moved = layer._magnitude_on(elsewhere)
+    layer.adder(rows)(rows, rows, rows, 0, 0.5)
+    assert layer._magnitude_on(elsewhere) is moved
+    layer.release()
+    assert layer._magnitude_on(elsewhere) is not moved

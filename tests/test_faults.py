@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PATHS = ("linear.weight", "conv2d.weight", "embedding.weight", "norm.weight")
 PATCHING = str(Path(engine_module.__file__).parent)
-ERRORS = (RuntimeError("a kernel failed"), MemoryError("no room"), torch.OutOfMemoryError("CUDA out of memory"))
+ERRORS = (RuntimeError("a kernel failed"), MemoryError("no room"), torch.cuda.OutOfMemoryError("CUDA out of memory"))
 INTERRUPTS = (KeyboardInterrupt(), SystemExit(3))
 
 
@@ -142,7 +142,7 @@ def test_a_session_that_failed_goes_on_with_other_adapters(
     session = lib_locon.Session(model)
 
     def no_room(*_: object, **__: object) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as broken:
         broken.setattr("lib_locon.patching.compute.add_product", no_room)
@@ -195,7 +195,7 @@ def operations(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt], ids=lambda error: error.__name__)
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, KeyboardInterrupt], ids=lambda error: error.__name__)
 def test_a_fault_at_any_operation_leaves_the_base(
     zoo: Zoo, model: nn.Module, plan: Callable[..., Plan], error: type[BaseException], after: bool
 ) -> None:
@@ -241,7 +241,10 @@ def test_after_a_rescue_that_failed_restore_still_has_the_base(model: nn.Module,
     engine.restore()
     for number in range(last + 1, last + 9):
         engine.apply(plan(1))
-        with FaultAt((last, number), torch.OutOfMemoryError, after=False), pytest.raises(Exception, match="injected"):
+        with (
+            FaultAt((last, number), torch.cuda.OutOfMemoryError, after=False),
+            pytest.raises(Exception, match="injected"),
+        ):
             engine.apply(plan(2))
         if weights(model) != base:
             assert engine.active

@@ -141,10 +141,10 @@ def test_a_set_that_failed_leaves_no_factors_on_a_device(
         for layer in layers:
             layer.low_rank(ELSEWHERE)
         if plan:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return apply(engine, {})
 
-    with monkeypatch.context() as spoilt, pytest.raises(torch.OutOfMemoryError):
+    with monkeypatch.context() as spoilt, pytest.raises(torch.cuda.OutOfMemoryError):
         spoilt.setattr(Engine, "apply", no_room)
         session.apply([use])
     assert [dict(layer._moved) for layer in layers] == [{}, {}]

@@ -27,6 +27,7 @@ from lib_locon.families.build import Hints, build_layers
 from lib_locon.families.layer import Layer
 from lib_locon.families.rows import RowsLayer
 from lib_locon.models.targets import View
+from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Patch, Plan, make_plan
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import decode, encode, logical_shapes, which_path
@@ -552,6 +553,7 @@ def test_the_user_may_ask_for_it_and_gets_it_where_it_can_be() -> None:
     assert not hooked(model)
 
 
+@pytest.mark.skipif(not hasattr(torch.UntypedStorage, "resizable"), reason="this torch tells of no memory whose it is")
 def test_read_only_memory_is_noticed(tmp_path: Path) -> None:
     layer = mapped_read_only(tmp_path)
     assert which_path(layer, "weight", View("weight"), branch=True).path == "side"
@@ -595,6 +597,20 @@ def test_requantising_starts_from_the_best_base_and_stays_finite() -> None:
     assert encode(whole, "weight", decode(whole, "weight", whole.weight) + 1 / 30, torch.int8)[0, 0] == (
         whole.weight[0, 0] + 1
     )
+
+
+def test_a_sum_beyond_all_numbers_is_refused_where_it_would_be_rounded_to_8_bits() -> None:
+    # clamped, it would be a weight of nothing but the largest number, without a word
+    model = nn.Module()
+    model.head = nn.Embedding(12, 8).to(FP8)
+    before = model.head.weight.detach().clone()
+    tensors = tensors_of("lora", (12, 8))
+    engine = Engine(model)
+    plan = make_plan([patch("head.weight", layer_of(tensors, alpha=1e38), strength=1e10)])
+    with pytest.raises(PatchError, match=r"head\.weight could not be patched .*beyond fp32.*every weight is the base"):
+        engine.apply(plan)
+    assert torch.equal(model.head.weight.view(torch.uint8), before.view(torch.uint8))
+    assert not engine.active
 
 
 # ---- fp8, the whole way

@@ -17,12 +17,12 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import matrix
+from lib_locon.arithmetic import add_scaled, matrix
 from lib_locon.errors import ShapeError
 from lib_locon.families.shapes import bind
 
 F = TypeVar("F", bound="Family")
-Adder: TypeAlias = Callable[[Tensor, Tensor, int, float], None]
+Adder: TypeAlias = Callable[[Tensor, Tensor, Tensor, int, float], None]
 
 
 def factor(suffix: str, shape: str, *, optional: bool = False) -> Any:
@@ -148,16 +148,17 @@ class Family:
     def adder(self, base: Tensor) -> Adder:
         """What adds ΔW (without alpha/rank) by rows; `base` is the whole pristine weight in the factors' dtype.
 
-        (total, base, start, strength): `total` and `base` are rows of the sum and of the weight from row `start` on, as
-        matrices. This one makes ΔW whole; families that can make it row by row do.
+        (total, augend, base, start, strength): total ← augend + strength · ΔW, as matrices of some rows, from row
+        `start` on. `base` are those rows of the weight; `augend` is `total` itself, or rows that share no memory with
+        it. This one makes ΔW whole; families that can make it row by row do.
         """
         whole = self.delta(base)
         if whole.shape != base.shape:  # torch would stretch it to fit
             raise ShapeError(f"ΔW has the shape {tuple(whole.shape)}, its weight {tuple(base.shape)}")
         rows = matrix(whole)
 
-        def add(total: Tensor, _: Tensor, start: int, strength: float) -> None:
-            total.add_(rows[start : start + len(total)], alpha=strength)
+        def add(total: Tensor, augend: Tensor, _: Tensor, start: int, strength: float) -> None:
+            add_scaled(total, augend, rows[start : start + len(total)], strength)
 
         return add
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import matrix, product, working_dtype
+from lib_locon.arithmetic import add_scaled, matrix, product, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder
 from lib_locon.families.layer import Layer
@@ -57,14 +58,14 @@ class DoRALayer(Layer):
             return self._by_columns(base)
         merge = self._merger(base)
 
-        def add(total: Tensor, rows: Tensor, start: int, strength: float) -> None:
+        def add(total: Tensor, augend: Tensor, rows: Tensor, start: int, strength: float) -> None:
             pristine = rows.to(total.dtype)
             merged = merge(pristine, start)
             norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
             factors = self._factors(norm, start, len(rows))
             # W − M ⊙ g / ‖M‖ is −ΔW: one pass over the tile less than to make ΔW; in place where nothing is trained
             place = None if torch.is_grad_enabled() else merged
-            total.sub_(torch.addcmul(pristine, merged, factors, value=-1, out=place), alpha=strength)
+            add_scaled(total, augend, torch.addcmul(pristine, merged, factors, value=-1, out=place), -strength)
 
         return add
 
@@ -79,9 +80,9 @@ class DoRALayer(Layer):
             squares += merged.square_().view(len(merged), -1, kernel).sum((0, 2))
         factors = self._factors(squares.sqrt()).repeat_interleave(kernel)
 
-        def add(total: Tensor, part: Tensor, start: int, strength: float) -> None:
+        def add(total: Tensor, augend: Tensor, part: Tensor, start: int, strength: float) -> None:
             pristine = part.to(total.dtype)
-            total.add_(merge(pristine, start).mul_(factors).sub_(pristine), alpha=strength)
+            add_scaled(total, augend, merge(pristine, start).mul_(factors).sub_(pristine), strength)
 
         return add
 
@@ -97,15 +98,31 @@ class DoRALayer(Layer):
 
         def merge(rows: Tensor, start: int) -> Tensor:
             merged = rows.clone()
-            inner(merged, rows, start, 1.0)
+            inner(merged, merged, rows, start, 1.0)
             return merged
 
         return merge
 
     def _factors(self, norm: Tensor, start: int = 0, length: int | None = None) -> Tensor:
         """g / ‖M‖ in the shape of `norm`; for some rows only, from row `start` on."""
-        magnitude = self.magnitude.flatten()[start : None if length is None else start + length]
-        return magnitude.to(norm.device, norm.dtype).reshape(norm.shape) / (norm + self.EPSILON)
+        magnitude = self._magnitude_on(norm.device)[start : None if length is None else start + length]
+        return magnitude.to(norm.dtype).reshape(norm.shape) / (norm + self.EPSILON)
+
+    def _magnitude_on(self, device: torch.device) -> Tensor:
+        if device == self.magnitude.device:
+            return self.magnitude.flatten()
+        moved = self._moved_magnitude.get(device)  # once, as the factors are
+        if moved is None:
+            moved = self._moved_magnitude[device] = self.magnitude.flatten().to(device)
+        return moved
+
+    @cached_property
+    def _moved_magnitude(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def release(self) -> None:
+        super().release()
+        self._moved_magnitude.clear()
 
     def low_rank(self, device: torch.device) -> None:  # W itself is in it
         return None

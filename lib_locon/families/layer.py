@@ -94,7 +94,7 @@ class Layer:
         rows = matrix(base)
         total = torch.zeros_like(rows)
         with exact_arithmetic(base.device.type):
-            self.adder(base)(total, rows, 0, 1.0)
+            self.adder(base)(total, total, rows, 0, 1.0)
         return total.reshape(base.shape)
 
     def adder(self, base: Tensor) -> Adder:
@@ -104,7 +104,7 @@ class Layer:
         whole = base.to(dtype) if self.needs_base else base.new_zeros((), dtype=dtype).expand(base.shape)
         add = self._on(base.device).to(base.device, dtype).adder(whole)
         scale = self.scale
-        return lambda total, rows, start, strength: add(total, rows, start, strength * scale)
+        return lambda total, augend, rows, start, strength: add(total, augend, rows, start, strength * scale)
 
     def low_rank(self, device: torch.device) -> LowRank | None:
         """`(up, down, scale)` with ΔW = scale · up · down, as stored, on `device`; None where ΔW is no such product."""

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from lib_locon.arithmetic import matrix, product
+from lib_locon.arithmetic import add_scaled_product, matrix, product
 from lib_locon.families.base import Adder, Family, factor
 from lib_locon.families.tucker import fold_core
 
@@ -38,9 +38,9 @@ class LoHa(Family):
     def adder(self, base: Tensor) -> Adder:
         up1, down1, up2, down2 = self.products()
 
-        def add(total: Tensor, _: Tensor, start: int, strength: float) -> None:
+        def add(total: Tensor, augend: Tensor, _: Tensor, start: int, strength: float) -> None:
             rows = slice(start, start + len(total))
-            total.addcmul_(product(up1[rows], down1), product(up2[rows], down2), value=strength)
+            add_scaled_product(total, augend, product(up1[rows], down1), product(up2[rows], down2), strength)
 
         return add
 

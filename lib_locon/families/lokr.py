@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import matrix
+from lib_locon.arithmetic import add_scaled_product, matrix
 from lib_locon.families.base import Adder, Family, factor
 from lib_locon.families.tucker import rebuild
 
@@ -62,7 +62,7 @@ class _Kronecker(Family):
         first, second = self.first().contiguous(), self.second().contiguous()
         (_, across), (height, width) = first.shape, second.shape
 
-        def add(total: Tensor, _: Tensor, start: int, strength: float) -> None:
+        def add(total: Tensor, augend: Tensor, _: Tensor, start: int, strength: float) -> None:
             # rows of one block are one row of w1, each of its numbers times the same rows of w2
             low, end = start, start + total.shape[0]
             while low < end:
@@ -71,8 +71,11 @@ class _Kronecker(Family):
                 high = low + blocks * height if blocks else min(end, low + height - row)
                 count = max(blocks, 1)
                 part = total[low - start : high - start].view(count, -1, across, width)
+                # the same object where it is `total`, for that is how `add_scaled_product` knows it
+                before = part if augend is total else augend[low - start : high - start].view(part.shape)
                 rows = second[row : row + part.shape[1]].view(1, -1, 1, width)
-                part.addcmul_(first[block : block + count].view(count, 1, across, 1), rows, value=strength)
+                blocks_of_first = first[block : block + count].view(count, 1, across, 1)
+                add_scaled_product(part, before, blocks_of_first, rows, strength)
                 low = high
 
         return add

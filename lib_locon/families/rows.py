@@ -28,7 +28,7 @@ class RowsLayer(Layer):
     def adder(self, base: Tensor) -> Adder:
         inner = super().adder(base.new_zeros(()).expand(self.whole))
         # `base` is one of the model's projections; its rows of the adapter's weight begin further down
-        return lambda total, rows, start, strength: inner(total, rows, start + self.start, strength)
+        return lambda total, augend, rows, start, strength: inner(total, augend, rows, start + self.start, strength)
 
     def low_rank(self, device: torch.device) -> LowRank | None:
         factors = super().low_rank(device)

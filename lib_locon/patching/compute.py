@@ -113,9 +113,10 @@ def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Wa
     total = pristine.clone(memory_format=torch.contiguous_format)
     for patch in patches:
         part, source = patch.view.of(total), patch.view.of(pristine).contiguous()
-        change = torch.zeros_like(source)
-        patch.delta.adder(source)(matrix(change), matrix(source), 0, patch.strength)
-        part.add_(change)
+        rows = matrix(source)
+        change = torch.zeros_like(rows)
+        patch.delta.adder(source)(change, change, rows, 0, patch.strength)
+        part.add_(change.view(source.shape))
     watch.look(total)
     out.copy_(total)
 
@@ -162,16 +163,17 @@ class _Range:
 
     def write(self, tile: Tensor, base: Tensor, first: int) -> None:
         """tile ← base + all changes, from row `first` of the range on."""
-        if self.factors is None:
-            tile.copy_(base)
-        self._add(tile, base, base, first)
+        augend = base if base.dtype == tile.dtype or self.factors is not None else tile.copy_(base)
+        self._add(tile, augend, base, first)
 
     def _add(self, total: Tensor, augend: Tensor, base: Tensor, first: int) -> None:
         if self.factors is not None:
             up, down = self.factors
             add_product(total, augend, up[first : first + len(total)], down)
+            augend = total
         for adder, strength in self.adders:
-            adder(total, base, first, strength)
+            adder(total, augend, base, first, strength)
+            augend = total
 
 
 def _ranges(base: Tensor, patches: Sequence[Patch], space: Workspace) -> Iterator[_Range]:

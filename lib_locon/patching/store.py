@@ -263,7 +263,16 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     integers = _INTEGERS.get(one.dtype.itemsize)
     if one.dtype != other.dtype or one.shape != other.shape or integers is None:
         return False
-    return torch.equal(one.detach().view(integers), other.detach().view(integers))
+    one, other = one.detach(), other.detach()
+    if _in_eights(one) and _in_eights(other):  # torch compares number by number on one core: the fewer the better
+        one, other, integers = one.flatten(), other.flatten(), torch.int64
+    return torch.equal(one.view(integers), other.view(integers))
+
+
+def _in_eights(tensor: Tensor) -> bool:
+    """Whether its memory can be read as integers of eight bytes."""
+    start = tensor.storage_offset() * tensor.dtype.itemsize
+    return tensor.is_contiguous() and tensor.nbytes % 8 == 0 and start % 8 == 0
 
 
 def _is_plain(weight: Tensor) -> bool:
