@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,9 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from extensions_builtin_shim.launch import CHECKOUT
 from extensions_builtin_shim.tiny_sd import Config, TinySD, load, sample, save, to_image
 from extensions_builtin_shim.tiny_sd.model import FirstStage
 from extensions_builtin_shim.tiny_sd.sampler import as_pictures, timesteps
+from extensions_builtin_shim.tiny_sd.shapes import COLOURS, SHAPES, SIZES
 from extensions_builtin_shim.tiny_sd.tokenizer import FIRST_SPARE, FIRST_WORD, WORDS, Tokenizer
 
 UNET_LEAVES = {nn.Linear: 184, nn.Conv2d: 98, nn.GroupNorm: 61, nn.LayerNorm: 48}
@@ -343,3 +346,11 @@ def test_a_gradient_reaches_every_parameter() -> None:
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         # A bias on the keys shifts all scores of a query alike, which softmax cannot see.
         assert name.endswith("k_proj.bias") or parameter.grad.any(), name
+
+
+def test_the_page_tells_all_words_for_pictures() -> None:
+    page = (CHECKOUT / "extensions_builtin_shim" / "page" / "files" / "page.html").read_text(encoding="utf-8")
+    hint = page.partition('id="words"')[2].partition("</p>")[0]
+    told = set(re.findall(r"[a-z]+", hint.partition(":")[2]))
+    assert told == {*SHAPES, *COLOURS}
+    assert all(size in hint for size in SIZES)

@@ -29,7 +29,7 @@ class Recipe:
     rank: int
     wanted: Callable[[Module], bool]
     rate: float = 1e-2
-    steps: int = 200
+    steps: int = 250
     text: bool = False
     """Whether layers of the text encoder are trained too."""
     word: str = ""

@@ -19,7 +19,7 @@ from lib_locon import Session, Strengths, Use, load
 from .captions import plain
 from .checkpoint import CHECKPOINT, load_trained
 from .judge import Verdict, judge
-from .measures import MEASURES
+from .measures import share
 from .model import TinySD
 from .models.make_adapters import FOLDER
 from .recipes import RECIPES
@@ -87,9 +87,8 @@ def asked(style: str) -> list[Scene]:
 
 
 def measured(pictures: Tensor, style: str) -> float:
-    """The style's mean measure over pictures of the probes."""
-    values = [MEASURES[style](picture, scene) for picture, scene in zip(pictures, asked(style), strict=True)]
-    return sum(values) / len(values)
+    """The style's share in pictures of the probes: 1 is as in drawings."""
+    return share(pictures, asked(style), style)
 
 
 def growth(model: TinySD, style: str, folder: Path = FOLDER, strengths: Sequence[float] = STRENGTHS) -> list[float]:

@@ -23,7 +23,7 @@ from .train import threads
 OUT = Path(__file__).resolve().parents[2] / "docs" / "images" / "grid.png"
 SCALE, GAP, TOP, LEFT = 3, 6, 34, 150
 INK, QUIET, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
-SHOWN = {"outline": 4, "stripes": 7, "checker": 2, "glow": 6, "frame": 5, "dots": 0}
+SHOWN = {"outline": 5, "stripes": 7, "checker": 2, "glow": 6, "frame": 6, "dots": 5, "tilt": 0, "moon": 0}
 """Which of the probes stands in each adapter's row."""
 
 
@@ -44,6 +44,7 @@ def lay_out(rows: Mapping[str, Sequence[Image.Image]]) -> Image.Image:
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     large, small = ImageFont.load_default(16), ImageFont.load_default(12)
+    pen.text((12, TOP // 2), "strength", QUIET, small, anchor="lm")
     for column, strength in enumerate(STRENGTHS):
         middle = LEFT + column * (cell + GAP) + cell // 2
         pen.text((middle, TOP // 2), f"{strength:g}", INK, large, anchor="mm")

@@ -16,6 +16,8 @@ TILT = 30.0
 CELL = 8
 """Pixels after which stripes, checks and dots come again."""
 FRAME = 3.0
+LIGHT = (1.0, 1.0, 0.8)
+"""The colour of a glow."""
 Draw = Callable[[Scene, float], Tensor]
 
 
@@ -69,7 +71,7 @@ def glow(scene: Scene, amount: float = 1.0) -> Tensor:
     """Light on the ground around the shape."""
     far = distance(scene)
     lit = torch.exp(-far.clamp(min=0) / 3.5) * 0.9 * amount
-    below = over(colour_of(scene.ground).expand(3, SIZE, SIZE), torch.tensor([1.0, 1.0, 0.8]).view(3, 1, 1), lit)
+    below = over(colour_of(scene.ground).expand(3, SIZE, SIZE), torch.tensor(LIGHT).view(3, 1, 1), lit)
     return over(below, colour_of(scene.colour), cover(far))
 
 

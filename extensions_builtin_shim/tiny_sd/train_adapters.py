@@ -146,10 +146,12 @@ def train(model: TinySD, recipe: Recipe) -> tuple[dict[str, Tensor], Counter[str
 
 
 def user_metadata(recipe: Recipe) -> str:
-    """What the webui's metadata editor keeps beside a file."""
+    """What the webui's metadata editor keeps beside a file.
+
+    Without "sd version": by its widths the model is none of those that can be chosen, and the card would be hidden.
+    """
     known = {
         "description": recipe.says,
-        "sd version": "SD1",
         "activation text": recipe.word,
         "preferred weight": 1.0,
         "notes": f"{recipe.family}, rank {recipe.rank}; made for tiny_sd by train_adapters.",
