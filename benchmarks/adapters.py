@@ -76,6 +76,9 @@ KINDS: Mapping[str, Make] = {
 }
 """What can be made; a kind is here only when lib_locon reads it."""
 
+RANKS: Mapping[str, int] = {"locon-r8": 8, "locon-r32": 32, "lokr-f8": 0, "loha-r32": 2 * 32, "dora-r32": 32}
+"""Multiplications and additions for each number of ΔW in the products that a kind is made of."""
+
 
 def write(path: Path, kind: str, table: TargetTable, seed: int = 0) -> Path:
     """Writes a file of the kind for all trained modules of the model; the same bytes for the same seed."""

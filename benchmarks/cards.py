@@ -2,16 +2,24 @@
 
     python -m benchmarks.cards                   1000 files, a table
     python -m benchmarks.cards --files 10000 --json
+    python -m benchmarks.cards --files 10000 --folder DIR     in a folder that stays: the second time nothing is written
 
 The files are LoRAs on the 264 modules that kohya trains in SD1.5: headers of true size over bodies that are holes (no
-numbers are read but the alphas). They are written just before, so they come from the system's file cache: from a disk
-at rest the first listing takes longer, the second does not. Each listing runs in a process of its own, as after a start
-of the webui. `rss_mib` is what the listing added to the memory of that process, at its end; null where the system does
-not tell.
+numbers are read but the alphas). Each listing runs in a process of its own, as after a start of the webui. Seconds are
+those of the processor: neither other programs nor a slow disk count.
 
     cold       no index: every header is read, one after the other, and kept
     warm       with the index that the first one left: no adapter file is opened
     changed    the same after one file in a hundred was written anew
+
+    first      until there is a list to show, in which the cards that wait for their header say so; this alone is in
+               seconds of the clock
+    all        until every card says what its header says; `ratio` is that in multiples of reading and parsing the
+               headers alone, one after the other
+    page       to make the HTML of all cards for the host's page, of `page_mib`
+    search     to filter them by a word that a part of them has, as the API does; median of five
+    rss_mib    what listing, page and searches added to the memory of that process, at their end; null where the
+               system does not tell
 """
 
 from __future__ import annotations
@@ -19,17 +27,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+if TYPE_CHECKING:
+    from lib_locon.cards import Card
+
+T = TypeVar("T")
 RANK = 16
+SEARCHED = "word7"
+"""A word of the captions that some of the files show among their most frequent ones."""
 ROWS = ("cold", "warm", "changed")
-PATIENCE = 100_000.0
+SAMPLE = 10
+"""One file in so many is read for the floor."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cards", description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=1000, metavar="N", help="1000 if left out")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--folder", type=Path, help="where the files are, or are put; a temporary one if left out")
     parser.add_argument("--list", nargs=2, metavar=("FOLDER", "INDEX"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.list:
@@ -44,47 +63,109 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.files < 1:
         parser.error("--files must be 1 or more")
-    result = measure(options.files)
+    with _folder(options.folder) as folder:
+        result = measure(options.files, folder)
     print(json.dumps(result, indent=1) if options.json else table(result))
     return 0
 
 
-def measure(files: int) -> dict[str, Any]:
-    """The JSON object."""
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    if given is not None:
+        yield given
+        return
     with tempfile.TemporaryDirectory(prefix="locon-benchmark-") as name:
-        folder, index = Path(name, "Lora"), Path(name, "index.sqlite3")
+        yield Path(name)
+
+
+def measure(files: int, place: Path) -> dict[str, Any]:
+    """The JSON object."""
+    folder = place / f"Lora {files}"
+    if not folder.exists():
         write(folder, files)
-        rows = {}
+    with tempfile.TemporaryDirectory(prefix="locon-index-") as name:
+        index, rows = Path(name, "index.sqlite3"), {}
         for row in ROWS:
             if row == "changed":
                 write(folder, files, step=100, trained="again")
             command = [sys.executable, "-m", "benchmarks.cards", "--list", str(folder), str(index)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows[row] = json.loads(done.stdout)
-        return {"files": files, "index_mib": round(index.stat().st_size / 2**20, 2), "rows": rows}
+            print(f"{row}: {done.stdout.strip()}", file=sys.stderr)
+        floor = plain(folder)
+        for found in rows.values():
+            found["ratio"] = round(found["all"] / floor, 3)
+        return {
+            "files": files,
+            "index_mib": round(index.stat().st_size / 2**20, 2),
+            "floor_seconds": round(floor, 3),
+            "rows": rows,
+        }
+
+
+def plain(folder: Path) -> float:
+    """Seconds to read and parse the headers and nothing more, reckoned from a sample."""
+    paths = sorted(folder.rglob("*.safetensors"))
+    sample = paths[::SAMPLE]
+    started = time.process_time()
+    for path in sample:
+        with path.open("rb") as file:
+            json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return (time.process_time() - started) * len(paths) / len(sample)
 
 
 def listing(folder: Path, index: Path) -> dict[str, Any]:
-    """One listing, in this process."""
+    """One listing, in this process, with the host's page of cards made of it."""
+    from extensions_builtin_shim.launch import put_modules_on_path
+
+    put_modules_on_path()
+    from modules import shared, shared_options
+
     from lib_locon.cards import Cards
     from lib_locon.facts import FactsIndex
+    from lib_locon.hosts.cards_page import CardsPage
     from lib_locon.index import facts_table
     from lib_locon.library import Library
 
-    before, started = rss(), time.perf_counter()
+    shared.opts.data_labels.update(shared_options.known())
+    before, started, at = rss(), time.process_time(), time.perf_counter()
     known = facts_table(index, allow_pickle=False)
     at_start = len(known)
-    cards = Cards(Library([folder]), FactsIndex(known, rested=known.flush), patience=PATIENCE)
+    cards = Cards(Library([folder]), FactsIndex(known, rested=known.flush))
+    cards.all()
+    first = time.perf_counter() - at
+    while cards.index.waiting:
+        time.sleep(0.05)
     found = cards.all()
-    seconds, after = time.perf_counter() - started, rss()
+    everything = time.process_time() - started
     assert all(card.rank == str(RANK) for card in found)
+    html, making = timed(lambda: CardsPage(lambda: cards.library, lambda: cards).create_html("txt2img"))
+    assert html.count("data-locon-names") == len(found)
+    searches = [timed(lambda: searched(cards.all(), f"{SEARCHED} ")) for _ in range(5)]
+    after = rss()
     known.close()
     return {
         "cards": len(found),
         "from_index": at_start,
-        "seconds": round(seconds, 3),
+        "first": round(first, 3),
+        "all": round(everything, 3),
+        "page": round(making, 3),
+        "page_mib": round(len(html.encode()) / 2**20, 1),
+        "found": len(searches[0][0]),
+        "search": round(statistics.median(seconds for _, seconds in searches), 3),
         "rss_mib": None if before is None or after is None else round((after - before) / 2**20, 1),
     }
+
+
+def searched(cards: Iterable[Card], word: str) -> list[Card]:
+    """Those that have the word, as the API finds them."""
+    return [card for card in cards if any(word in f"{term} ".lower() for term in card.search_terms)]
+
+
+def timed(action: Callable[[], T]) -> tuple[T, float]:
+    """What it gives, and the seconds that it took."""
+    started = time.process_time()
+    return action(), time.process_time() - started
 
 
 def rss() -> int | None:
@@ -149,13 +230,14 @@ def modules() -> dict[str, tuple[int, int]]:
 
 def table(result: dict[str, Any]) -> str:
     """For people."""
-    head = (
-        f"{result['files']} files, index of {result['index_mib']} MiB\n{'':10}{'seconds':>9}{'MiB':>8}  from the index"
-    )
+    columns = ("first", "all", "ratio", "page", "search", "rss_mib")
+    head = f"{result['files']} files, index of {result['index_mib']} MiB, headers alone {result['floor_seconds']} s\n"
+    head += f"{'':10}" + "".join(f"{column:>9}" for column in columns) + "  from the index"
     rows = (
-        f"{name:10}{row['seconds']:>9.3f}{'?' if row['rss_mib'] is None else row['rss_mib']:>8}  {row['from_index']}"
+        f"{name:10}" + "".join(f"{'?' if row[column] is None else row[column]:>9}" for column in columns)
+        + f"  {row['from_index']}"
         for name, row in result["rows"].items()
-    )
+    )  # fmt: skip
     return "\n".join([head, *rows])
 
 

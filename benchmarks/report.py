@@ -10,7 +10,7 @@ install.py bench` prepares the versions that are pinned for it and does the same
 
     switch-other   benchmarks.switch while another LoCon is merged    memory    benchmarks.memory_bars
     switch-base    the same from the base                             compared  benchmarks.compared
-    switch-sdxl    SDXL's true shapes in bf16; 24 GiB
+    switch-sdxl    SDXL's true shapes in bf16; 24 GiB              cards     benchmarks.cards with 10,000 files
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ MEASUREMENTS: dict[str, tuple[str, ...]] = {
     "switch-sdxl": ("benchmarks.switch", "--model", "sdxl", "--dtype", "bf16", "--start", "other"),
     "memory": ("benchmarks.memory_bars",),
     "compared": ("benchmarks.compared", *_ALL_DTYPES),
+    "cards": ("benchmarks.cards", "--files", "10000"),
 }
+WITHOUT_MODEL = ("cards",)
+"""Those that need none, and so take no `--model`."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.results.mkdir(parents=True, exist_ok=True)
     for name in options.measure:
         command = [*MEASUREMENTS[name], "--json"]
-        if options.model and "--model" not in command:
+        if options.model and "--model" not in command and name not in WITHOUT_MODEL:
             command += ["--model", options.model]
         found = measure(command)
         (options.results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import report_compared
+from benchmarks import report_cards, report_compared
 from benchmarks.report_table import missing, table
 
 BARS: Mapping[str, tuple[float, float, float]] = {
@@ -42,7 +42,8 @@ Results = Mapping[str, Mapping[str, Any]]
 def page(results: Results) -> str:
     """The whole page, as Markdown."""
     parts = [_head(results), _speed(results), _memory(results.get("memory"))]
-    parts += [report_compared.section(results.get("compared")), _gpu(results)]
+    parts += [report_compared.section(results.get("compared")), report_cards.section(results.get("cards"))]
+    parts.append(_gpu(results))
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -71,6 +72,8 @@ def _speed(results: Results) -> Iterator[str]:
     yield ""
     yield "Multiples of the floor, which is one plain copy of the touched weights (read the base, write the weight) in"
     yield "the same run. Medians. In brackets the bar that this project holds itself to; what is over it is **bold**."
+    yield "In square brackets what the products of the change take at the rate of large ones in the same run, in floors"
+    yield "too: where that comes near the bar, it is the processor that misses it."
     for name, title in (
         ("switch-other", "From another LoCon, whose base is kept already"),
         ("switch-base", "From the base: no adapter is merged before"),
@@ -125,6 +128,8 @@ def _cell(row: Mapping[str, Any] | None, bars: Mapping[str, Sequence[float]]) ->
     else:
         limit = _bar(row, bars)
         text, bar = f"{row['ratio']:.2f} ×", "" if limit is None else f" (≤ {limit:g})"
+        if row["arithmetic"] >= 0.05:
+            bar += f" [{row['arithmetic']:.1f}]"
     return f"**{text}**{bar}" if met(row, bars) is False else text + bar
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 import lib_locon
 from benchmarks import adapters
 from benchmarks.memory import settle, watch
+from lib_locon.arithmetic import product
+
+SIDE = 2048
 
 
 class Tag(NamedTuple):
@@ -32,6 +36,11 @@ class Row(NamedTuple):
     before: tuple[Tag, ...]
     after: tuple[Tag, ...]
     steps: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Multiplications and additions for each number of the weights, in the products alone."""
+        return 0 if self.after == self.before else self.steps * sum(adapters.RANKS[tag.kind] for tag in self.after)
 
     def at(self, step: int) -> tuple[Tag, ...]:
         """What is asked for at a step: the strengths fall in a line to what they are at the end."""
@@ -68,9 +77,10 @@ def row_from(name: str, start: str) -> Row:
 
 @dataclass
 class Measured:
-    """One row's figures, a number for each round."""
+    """One row's figures, a number for each round; `floors` are those of the copies just before."""
 
     seconds: list[float] = field(default_factory=list)
+    floors: list[float] = field(default_factory=list)
     peak: int | None = None
     written: int = 0
 
@@ -110,6 +120,21 @@ class Rig:
                 weight.copy_(base)
         return perf_counter() - start
 
+    def arithmetic(self, row: str) -> float:
+        """Seconds that the products of a row take at the rate of large ones: no change can be faster than that."""
+        return self.rows[row].ranks * sum(weight.numel() for weight in self.touched) / self.rate
+
+    @cached_property
+    def rate(self) -> float:
+        """Multiplications with addition per second in fp32, of the best of some large products."""
+        left, right = torch.rand(2, SIDE, SIDE)
+        best = math.inf
+        for _ in range(5):
+            start = perf_counter()
+            product(left, right)
+            best = min(best, perf_counter() - start)
+        return SIDE**3 / best
+
     def change(self, row: str, into: Measured, *, memory: bool = False) -> None:
         """One change, timed, or (with `memory`) watched; never both."""
         steps = [self.uses(self.rows[row].at(step)) for step in range(self.rows[row].steps)]
@@ -125,23 +150,24 @@ class Rig:
         else:
             into.seconds.append(seconds)
 
-    def round(self, floors: list[float], into: dict[str, Measured], *, memory: bool = False) -> None:
+    def round(self, into: dict[str, Measured], *, memory: bool = False) -> None:
         """Every row once, a floor before each: what else the machine does falls on both."""
         for row in self.rows:
             self.session.apply(())
-            floors.append(self.floor())
+            floor = self.floor()
             self.change(row, into[row], memory=memory)
+            if not memory:
+                into[row].floors.append(floor)
         self.session.apply(())
 
     def run(self, rounds: int) -> tuple[float, dict[str, Measured]]:
         """The floor in seconds, and the rows. The first round warms up and tells the memory; the others the time."""
         into = {row: Measured() for row in self.rows}
-        self.round([], into, memory=True)
-        floors: list[float] = []
+        self.round(into, memory=True)
         for _ in range(rounds):
-            self.round(floors, into)
+            self.round(into)
         self.check()
-        return median(floors), into
+        return median(floor for found in into.values() for floor in found.floors), into
 
     def check(self) -> None:
         """Raises unless the model holds its base again: a ratio of a change that went wrong is worth nothing."""
@@ -149,16 +175,23 @@ class Rig:
             raise RuntimeError("the model does not hold its base again")
 
 
-def as_json(name: str, dtype: str, floor: float, found: Measured) -> dict[str, object]:
-    """A row as the JSON has it. `written` counts the weights that the change touched."""
-    seconds = median(found.seconds)
+def as_json(name: str, dtype: str, found: Measured, arithmetic: float) -> dict[str, object]:
+    """A row as the JSON has it. `written` counts the weights that the change touched; `arithmetic` is the share of the
+    ratio that the products would take at the processor's best.
+
+    The ratio is the median of those of the rounds: the memory of a shared machine has fast and slow minutes, and a row
+    of one must not be held against the floor of another.
+    """
     anon = None if found.peak is None else round(found.peak / 2**20, 1)
-    ratio = seconds / floor if floor else math.inf
+    ratios = [
+        seconds / floor if floor else math.inf for seconds, floor in zip(found.seconds, found.floors, strict=True)
+    ]
     return {
         "name": name,
         "dtype": dtype,
-        "seconds": seconds,
-        "ratio": ratio,
+        "seconds": median(found.seconds),
+        "ratio": median(ratios),
+        "arithmetic": arithmetic / median(found.floors) if found.floors and median(found.floors) else math.inf,
         "anon_mib": anon,
         "written": found.written,
     }

@@ -5,12 +5,13 @@
     python -m benchmarks.switch --model tiny --rows locon-r8,same a few seconds
 
 The floor is one plain copy of the weights that the adapters touch (read the base, write the weight), timed before every
-row. A ratio is a row's median over the floor's. Each row is one `Session.apply` (schedule-20: twenty). Rows that apply
-start from another LoCon, whose base is kept already; with `--start base` they start from nothing, and so pay for
-looking whether the kept copies still are the base.
+row. A ratio is the median of row over floor, each with the floor just before it. Each row is one `Session.apply`
+(schedule-20: twenty). Rows that apply start from another LoCon, whose base is kept already; with `--start base` they
+start from nothing, and so pay for looking whether the kept copies still are the base.
 All adapters touch the 350 modules that kohya trains as C3Lier (SD1.5); files are fp16, read and matched beforehand.
 `anon_mib` is the most anonymous memory (RssAnon) above the resting state, looked at in a round of its own; null where
-the system does not tell.
+the system does not tell. `arithmetic` is the share of the ratio that the row's products alone take at the rate of
+large ones: what a processor cannot do, no engine can.
 
     locon-r8, locon-r32   apply a LoCon of that rank            lokr-f8    apply a LoKr, factor 8, both matrices whole
     locon-r32-x3          apply three at once                   loha-r32   apply a LoHa, rank 32
@@ -60,7 +61,7 @@ def measure(model: str, dtypes: list[str], rows: list[str], rounds: int, start: 
         with tempfile.TemporaryDirectory(prefix="locon-benchmark-") as folder:
             rig = Rig(random_model(model, DTYPES[dtype]), rows, Path(folder), start)
             floors[dtype], measured = rig.run(rounds)
-        found += [as_json(name, dtype, floors[dtype], figures) for name, figures in measured.items()]
+        found += [as_json(name, dtype, figures, rig.arithmetic(name)) for name, figures in measured.items()]
         del rig
         gc.collect()
         settle()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from extensions_builtin_shim.app import App
 from extensions_builtin_shim.launch import ADAPTERS, launch
 from extensions_builtin_shim.limits import BadRequest, checked_prompt, checked_seed, checked_steps
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    with launch(lora_dir=args.lora_dir) as webui:
+    with launch(lora_dir=args.lora_dir, make_app=App) as webui:
         if args.prompt is None:
             from extensions_builtin_shim.page import serve
 

@@ -34,6 +34,24 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right if fast is None else fast(left, right)
 
 
+@cache
+def has_products(dtype: torch.dtype, device: str) -> bool:
+    """Whether torch multiplies matrices of this dtype there. torch 2.1 does not in fp16 on the CPU."""
+    try:
+        one = torch.ones((1, 1), dtype=dtype, device=device)
+        one @ one
+    except RuntimeError:
+        return False
+    return True
+
+
+def rounded_product(left: Tensor, right: Tensor) -> Tensor:
+    """left · right, rounded to their one dtype; by torch's own kernel for it where there is one, else in fp32."""
+    if has_products(left.dtype, left.device.type):
+        return left @ right
+    return (left.float() @ right.float()).to(left.dtype)
+
+
 def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
     """out ← base + left · right, in the dtype of `out`; `base` may be `out`, or of a narrower dtype."""
     if base.dtype != out.dtype:  # torch would widen `base` in a temporary of its own, and fp8 not at all

@@ -2,58 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lib_locon.errors import FileError
 from lib_locon.facts import Facts, FactsIndex
 from lib_locon.files.reader import FileIdentity
 from lib_locon.library import Entry, Library
+from lib_locon.user_metadata import KNOWN_BASES, UserMetadata, read_user_metadata
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif")
-MAX_USER_METADATA = 1_000_000
-"""Bytes of a `<file>.json`; a larger one is no user's notes."""
-KNOWN_BASES = ("SD1", "SD2", "SDXL")
-"""What the webui's editor lets the user choose as "sd version"."""
-
-
-@dataclass(frozen=True)
-class UserMetadata:
-    """What the user wrote about a file, in the `.json` beside it. `raw` is all of it, also what we do not know."""
-
-    description: str = ""
-    activation_text: str = ""
-    negative_text: str = ""
-    preferred_weight: float = 0.0
-    notes: str = ""
-    sd_version: str = ""
-    raw: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, data: object) -> UserMetadata:
-        """From the JSON. A value of another type than the webui's editor writes counts as not there."""
-        raw = data if isinstance(data, dict) else {}
-
-        def text(key: str) -> str:
-            return raw[key] if isinstance(raw.get(key), str) else ""
-
-        weight = raw.get("preferred weight")
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool) and math.isfinite(weight)
-        return cls(
-            description=text("description"),
-            activation_text=text("activation text"),
-            negative_text=text("negative text"),
-            preferred_weight=float(weight or 0) if is_number else 0.0,
-            notes=text("notes"),
-            sd_version=text("sd version"),
-            raw=raw,
-        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +34,8 @@ class Card:
     preview: Path | None
     names: tuple[str, ...]
     """Every name by which a tag may call the file."""
+    hash: str = ""
+    """That by which images name it, computed from the file; empty until somebody needed it once."""
 
     @property
     def family(self) -> str:
@@ -107,7 +70,7 @@ class Card:
     def search_terms(self) -> tuple[str, ...]:
         """What the search field finds it by, beside its path."""
         facts = self.facts or Facts()
-        terms = (*self.names, facts.hash, *facts.families, self.base, *facts.triggers)
+        terms = (*self.names, self.hash, *facts.families, self.base, *facts.triggers)
         return tuple(dict.fromkeys(term for term in terms if term))
 
     @property
@@ -124,17 +87,6 @@ class Card:
         return " ".join(part for part in parts if part)
 
 
-def read_user_metadata(path: Path) -> UserMetadata:
-    """What stands in the JSON beside the adapter at `path`; nothing where that cannot be read."""
-    file = path.with_suffix(".json")
-    try:
-        if file.stat().st_size <= MAX_USER_METADATA:
-            return UserMetadata.of(json.loads(file.read_text(encoding="utf8")))
-    except (OSError, ValueError, RecursionError):
-        pass  # no file, one that the user is writing, or one that is not meant for us
-    return UserMetadata()
-
-
 def fits(base: str, model_base: str) -> bool | None:
     """Whether an adapter for `base` is for a model of this family; None where one of them cannot be told."""
     unsure = any(not name or (name.startswith("unknown") and "width" not in name) for name in (base, model_base))
@@ -142,10 +94,21 @@ def fits(base: str, model_base: str) -> bool | None:
 
 
 class Cards:
-    """The cards of a library. `patience` is how many seconds it waits for headers that were not read yet."""
+    """The cards of a library. `patience` is how many seconds it waits for headers that were not read yet.
 
-    def __init__(self, library: Library, index: FactsIndex | None = None, *, patience: float = 5.0) -> None:
+    `hash_of` gives the hashes that were computed so far, "" for the others: a listing must not read whole files.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        index: FactsIndex | None = None,
+        *,
+        patience: float = 5.0,
+        hash_of: Callable[[FileIdentity], str] = lambda _: "",
+    ) -> None:
         self.library = library
+        self.hash_of = hash_of
         self.index = index or FactsIndex(allow_pickle=library.allow_pickle)
         self.patience = patience
 
@@ -186,7 +149,7 @@ class Cards:
         return Card(
             name, tag, entry.path, file.identity, file.created, facts,
             folders.user_metadata(entry.path), folders.picture(entry.path),
-            tuple(dict.fromkeys(filter(None, (entry.name, entry.stem, alias)))),
+            tuple(dict.fromkeys(filter(None, (entry.name, entry.stem, alias)))), self.hash_of(file.identity),
         )  # fmt: skip
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
 from lib_locon.errors import FileError, LoconError
-from lib_locon.files.adapter import read_adapter
-from lib_locon.library import Library
-from lib_locon.matching import match
+from lib_locon.families import combine
+from lib_locon.files.adapter import Adapter, read_adapter
+from lib_locon.library import Entry
+from lib_locon.matching import Match, match
+from lib_locon.models.table import TargetTable
 from lib_locon.patching.plan import make_plan
+from lib_locon.patching.sidepath import SidePath
+from lib_locon.patching.storage import logical_shapes
 from lib_locon.prompt.request import Problem, Request
 from lib_locon.report import Report
 from lib_locon.session import Session, Use
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -31,38 +38,87 @@ class DryRun:
     adapter_bytes: int = 0
 
 
-def dry_run(
-    requests: Iterable[Request], model: nn.Module, session: Session, library: Library, *, side: bool = False
-) -> DryRun:
-    """What the first step of the first pass would find; `side` as a session's `side_path`.
+class Trial:
+    """A model to look at. Neither it nor its session are changed: others may be making images with both.
 
-    Never raises for what a prompt may hold: what fails is a problem in the report.
+    `session` is the model's own where it has one; none is made.
     """
-    uses: list[Use] = []
-    problems: list[Problem] = []
-    for request in requests:
+
+    def __init__(self, model: nn.Module, session: Session | None = None) -> None:
+        self._model = model
+        self._table = session.table if session else TargetTable.of_shapes(logical_shapes(model))
+        self._side = session.side if session else SidePath(model, combine)
+
+    def run(
+        self,
+        requests: Iterable[Request],
+        find: Callable[[str], Entry],
+        *,
+        side: bool = False,
+        allow_pickle: bool = False,
+    ) -> DryRun:
+        """What the first step of the first pass would find; `side` as a session's `side_path`.
+
+        Never raises for what a prompt may hold: what fails is a problem in the report.
+        """
+        files = _Files(find, self._matched, allow_pickle)
+        pairs: list[tuple[Use, Match]] = []
+        problems: list[Problem] = []
+        for request in requests:
+            try:
+                adapter, found = files.of(request.name)
+                pairs.append((Use(adapter, request.strengths, request.dyn, request.name), found))
+            except LoconError as error:
+                problems.append(Problem(f"{error}; {request.name!r} was skipped"))
+        report = Report(tuple(use.report(found) for use, found in pairs), tuple(problems))
         try:
-            uses.append(_use(request, library))
+            plan = make_plan(use.patch(item) for use, found in pairs for item in found.matched)
+            merged, beside = self._side.split(plan, side=side)
         except LoconError as error:
-            problems.append(Problem(f"{error}; {request.name!r} was skipped"))
-    # not `session.match`: that keeps what it finds, for adapters whose factors are there
-    pairs = [(use, match(use.adapter, session.table, session.side.unusable)) for use in uses]
-    report = Report(tuple(use.report(found) for use, found in pairs), tuple(problems))
+            return DryRun(Report(report.adapters, (*report.problems, Problem(str(error)))))
+        identities = {use.adapter.identity for use, _ in pairs}
+        written = self._sizes(merged)
+        return DryRun(report, len(written), sum(written.values()), len(beside), sum(file.size for file in identities))
+
+    def _matched(self, adapter: Adapter) -> Match:
+        # not `session.match`: that keeps what it finds, for adapters whose factors are there
+        return match(adapter, self._table, self._side.unusable)
+
+    def _sizes(self, paths: Iterable[str]) -> dict[int, int]:
+        """Bytes of each weight; one that goes by several names is one."""
+        weights = dict(self._model.named_parameters(remove_duplicate=False))
+        return {id(weights[path]): weights[path].nbytes for path in paths if path in weights}
+
+
+class _Files:
+    """What tags name, each file read once however often it is named."""
+
+    def __init__(self, find: Callable[[str], Entry], matched: Callable[[Adapter], Match], allow_pickle: bool) -> None:
+        self._find, self._matched, self._allow_pickle = find, matched, allow_pickle
+        self._by_name: dict[str, Entry | LoconError] = {}
+        self._by_entry: dict[Entry, tuple[Adapter, Match] | LoconError] = {}
+
+    def of(self, name: str) -> tuple[Adapter, Match]:
+        """Raises UnknownName and FileError, with nobody's folders in the sentence."""
+        if name not in self._by_name:
+            self._by_name[name] = _tried(lambda: self._find(name))
+        entry = self._by_name[name]
+        if isinstance(entry, LoconError):
+            raise entry
+        if entry not in self._by_entry:
+            self._by_entry[entry] = _tried(lambda: self._read(entry))
+        found = self._by_entry[entry]
+        if isinstance(found, LoconError):
+            raise FileError(entry.without_folder(str(found))) from found
+        return found
+
+    def _read(self, entry: Entry) -> tuple[Adapter, Match]:
+        adapter = read_adapter(entry.path, header_only=True, allow_pickle=self._allow_pickle)
+        return adapter, self._matched(adapter)
+
+
+def _tried(act: Callable[[], _T]) -> _T | LoconError:
     try:
-        plan = make_plan(use.patch(item) for use, found in pairs for item in found.matched)
-        merged, beside = session.side.split(plan, side=side)
+        return act()
     except LoconError as error:
-        return DryRun(Report(report.adapters, (*report.problems, Problem(str(error)))))
-    sizes = {path: weight.nbytes for path, weight in model.named_parameters(remove_duplicate=False)}
-    files = {use.adapter.identity: use.adapter.identity.size for use in uses}
-    return DryRun(report, len(merged), sum(sizes.get(path, 0) for path in merged), len(beside), sum(files.values()))
-
-
-def _use(request: Request, library: Library) -> Use:
-    """Raises UnknownName and FileError, with nobody's folders in the sentence."""
-    entry = library.find(request.name)
-    try:
-        adapter = read_adapter(entry.path, header_only=True, allow_pickle=library.allow_pickle)
-    except FileError as error:
-        raise FileError(entry.without_folder(str(error))) from error
-    return Use(adapter, request.strengths, request.dyn, request.name)
+        return error

@@ -35,7 +35,8 @@ class Facts:
     base: str = ""
     unread: int = 0
     triggers: tuple[str, ...] = ()
-    hash: str = ""
+    claimed_hash: str = ""
+    """What the file says of itself: a hint where to look first, never a proof, and never shown."""
     has_metadata: bool = False
     has_cover: bool = False
     problem: str = ""
@@ -57,7 +58,7 @@ def read_facts(path: Path, *, allow_pickle: bool = False) -> Facts:
         base=base_family(adapter),
         unread=len(adapter.unknown) + sum(len(module.unread) for module in adapter.modules),
         triggers=tuple(word for word, _ in training_words(metadata)[:MOST_TRIGGERS]),
-        hash=_text(metadata.get("sshs_model_hash")),
+        claimed_hash=_text(metadata.get("sshs_model_hash")),
         has_metadata=bool(metadata),
         has_cover=any(_cover_images(metadata)),
     )
@@ -65,8 +66,12 @@ def read_facts(path: Path, *, allow_pickle: bool = False) -> Facts:
 
 def training_words(metadata: Mapping[str, str]) -> list[tuple[str, int]]:
     """The tags of the training captions and how often each was there, the commonest first."""
+    return counted_words(parsed(metadata.get("ss_tag_frequency", "")))
+
+
+def counted_words(folders: Any) -> list[tuple[str, int]]:
+    """The same from what the metadata's `ss_tag_frequency` holds: folder → tag → count."""
     counted: Counter[str] = Counter()
-    folders = parsed(metadata.get("ss_tag_frequency", ""))
     for tags in folders.values() if isinstance(folders, dict) else ():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
             if isinstance(count, int) and str(tag).strip():

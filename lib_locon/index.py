@@ -1,7 +1,8 @@
 """What is known of files, kept on disk: a list of ten thousand adapters comes up without reading one of them.
 
-It is a cache and no more. A file that is damaged or of another version is begun anew; one that is locked or cannot be
-written is not used. Either way the log says so once, and everything works as without it.
+It is a cache and no more. A file that is damaged or of another form is begun anew; one that is locked or cannot be
+written is not used. Either way the log says so once, and everything works as without it. Several processes may share
+one file: each sees what was there when it started, and what one writes is there for all at their next start.
 """
 
 from __future__ import annotations
@@ -26,7 +27,16 @@ T = TypeVar("T")
 TIMEOUT = 0.5
 """Seconds for another process to finish its writing."""
 BATCH = 200
-"""Values that are written together: each transaction waits for the disk."""
+"""Values that are written together, where a few that are lost with the process cost little."""
+_BESIDE = ("-journal", "-wal", "-shm")
+_COLUMNS = {
+    "path": "TEXT",
+    "size": "INTEGER",
+    "mtime_ns": "INTEGER",
+    "config_ns": "INTEGER",
+    "version": "TEXT",
+    "value": "TEXT",
+}
 
 
 class DiskTable(MutableMapping[FileIdentity, T], Generic[T]):
@@ -43,16 +53,19 @@ class DiskTable(MutableMapping[FileIdentity, T], Generic[T]):
         version: str,
         encode: Callable[[T], str | None],
         decode: Callable[[str], T | None],
+        batch: int = BATCH,
     ) -> None:
         self._path = path
         self._name = name
         self._version = version
         self._encode, self._decode = encode, decode
+        self._batch = batch
         self._lock = threading.RLock()
         self._values: dict[FileIdentity, T] = {}
         self._texts: dict[FileIdentity, str] = {}
         """As they stand in the file; decoded when they are asked for."""
         self._unwritten: dict[FileIdentity, str] = {}
+        self._was_locked = False
         self._database: sqlite3.Connection | None = None
         self._database = self._opened()
 
@@ -71,7 +84,7 @@ class DiskTable(MutableMapping[FileIdentity, T], Generic[T]):
             text = self._encode(value) if self._database is not None and _is_text(identity.path) else None
             if text is not None:
                 self._unwritten[identity] = text
-                if len(self._unwritten) >= BATCH:
+                if len(self._unwritten) % self._batch == 0:
                     self.flush()
 
     def __delitem__(self, identity: FileIdentity) -> None:
@@ -93,17 +106,24 @@ class DiskTable(MutableMapping[FileIdentity, T], Generic[T]):
         return len(self._values) + len(self._texts)
 
     def flush(self) -> None:
-        """Writes what is not on disk yet. Never raises."""
+        """Writes what is not on disk yet. Never raises; what a lock keeps out is written the next time."""
         with self._lock:
             rows = [(*identity, self._version, text) for identity, text in self._unwritten.items()]
-            self._unwritten.clear()
             if self._database is None or not rows:
                 return
             try:
                 with self._database:
                     self._database.executemany(f"INSERT OR REPLACE INTO {self._name} VALUES (?, ?, ?, ?, ?, ?)", rows)
-            except sqlite3.Error as error:
+                self._unwritten.clear()
+            except (sqlite3.Error, OverflowError) as error:  # the latter: a time of change that no database holds
+                if "locked" in str(error):
+                    log.log(logging.DEBUG if self._was_locked else logging.INFO, "%s waits: %s", self._path, error)
+                    self._was_locked = True
+                    return
                 self._give_up(error)
+                if _is_damage(error):
+                    with suppress(OSError):
+                        self._remove()  # it could be read, so the next start would not see the damage
 
     def close(self) -> None:
         """Writes what is left, and closes the file; what is known stays known."""
@@ -117,12 +137,12 @@ class DiskTable(MutableMapping[FileIdentity, T], Generic[T]):
         try:
             try:
                 return self._read()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
+            except sqlite3.Error as error:
+                if not _is_damage(error):
                     raise  # locked, or not to be opened: it may be sound, and another process's
                 log.info("%s is damaged (%s) and is begun anew", self._path, error)
                 self._texts.clear()
-                self._path.unlink()
+                self._remove()
                 return self._read()
         except (OSError, sqlite3.Error) as error:
             self._give_up(error)
@@ -134,17 +154,26 @@ class DiskTable(MutableMapping[FileIdentity, T], Generic[T]):
         try:
             database.execute("PRAGMA synchronous = OFF")  # it is a cache: waiting for the disk would buy nothing
             with database:
-                database.execute(
-                    f"CREATE TABLE IF NOT EXISTS {self._name} (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, "
-                    "config_ns INTEGER, version TEXT, value TEXT)"
-                )
+                found = [row[1:3] for row in database.execute(f"PRAGMA table_info({self._name})")]
+                if found and found != list(_COLUMNS.items()):
+                    database.execute(f"DROP TABLE {self._name}")  # of another form than ours
+                columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
+                database.execute(f"CREATE TABLE IF NOT EXISTS {self._name} ({columns}, PRIMARY KEY (path))")
                 database.execute(f"DELETE FROM {self._name} WHERE version <> ?", (self._version,))
-            rows = database.execute(f"SELECT path, size, mtime_ns, config_ns, value FROM {self._name}")
+            rows = database.execute(
+                f"SELECT path, size, mtime_ns, config_ns, value FROM {self._name} WHERE version = ?",
+                (self._version,),  # another process, of another version of us, may write meanwhile
+            )
             self._texts = {FileIdentity(*row[:4]): row[4] for row in rows}
         except BaseException:
             database.close()
             raise
         return database
+
+    def _remove(self) -> None:
+        # with a journal that was left behind: it would be played back into the next file of the name
+        for file in (self._path, *(self._path.with_name(f"{self._path.name}{end}") for end in _BESIDE)):
+            file.unlink(missing_ok=True)
 
     def _give_up(self, error: Exception) -> None:
         log.warning("%s is not used, so adapters are read anew at the next start: %s", self._path, error)
@@ -161,8 +190,8 @@ def facts_table(path: Path, *, allow_pickle: bool) -> DiskTable[Facts]:
 
 
 def hash_table(path: Path) -> DiskTable[str]:
-    """The hashes of whole files."""
-    return DiskTable(path, "hashes", "sha256", lambda value: value or None, _hash)
+    """The hashes of whole files. Each is written at once: it may have taken a minute."""
+    return DiskTable(path, "hashes", "sha256", lambda value: value or None, _hash, batch=1)
 
 
 @cache
@@ -186,13 +215,27 @@ def _decoded(text: str) -> Facts | None:
         found: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
         }
-        return Facts(**found)
+        facts = Facts(**found)
     except (ValueError, TypeError, AttributeError):
         return None
+    return facts if all(_sound(getattr(facts, name), default) for name, default in _DEFAULTS.items()) else None
+
+
+def _sound(value: object, default: object) -> bool:
+    """Whether a value is of its field's kind: a cache on a disk may hold anything."""
+    if default is None:
+        return value is None or (isinstance(value, tuple) and len(value) == 2 and all(type(n) is int for n in value))
+    words = value if isinstance(value, tuple) else ()
+    return type(value) is type(default) and all(isinstance(word, str) for word in words)
 
 
 def _hash(text: str) -> str | None:
     return text if isinstance(text, str) and len(text) == hashlib.sha256().digest_size * 2 else None
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the file itself is at fault, so that a new one would do better: all else is of a class below this one."""
+    return type(error) is sqlite3.DatabaseError
 
 
 def _is_text(path: str) -> bool:
@@ -205,3 +248,4 @@ def _is_text(path: str) -> bool:
 
 
 _NAMES = tuple(field.name for field in fields(Facts))
+_DEFAULTS = {field.name: field.default for field in fields(Facts)}

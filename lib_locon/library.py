@@ -20,6 +20,8 @@ ENDINGS = (".safetensors",)
 LEAST_DIGITS, ENOUGH_DIGITS = 8, 12
 """Of a hash: the fewest that are looked up, and those at which a file that has them is taken for the only one."""
 _HASH = re.compile(r"#[0-9a-fA-F]+")
+_NAMES = r"[^\\/:*?\"'<>|\r\n]+"
+_FOLDERS = re.compile(rf"(?<![\w.~/\\])(?<!http:)(?<!https:)(?:[A-Za-z]:[\\/]+|\\\\+|/+|~/)(?:{_NAMES}[\\/]+)+")
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,11 @@ def without_folder(text: str, path: Path, shown: str = "") -> str:
         if spelling.strip(f".{os.sep}"):
             text = text.replace(spelling.rstrip(os.sep) + os.sep, shown)
     return text
+
+
+def without_folders(text: str) -> str:
+    """`text` with every full path in it cut down to the file's name: for what others wrote, which may hold any."""
+    return _FOLDERS.sub("", text)
 
 
 def _only(found: Sequence[Entry], name: str) -> Entry:

@@ -59,9 +59,12 @@ class Report:
     written: int = 0
     warnings: tuple[Problem, ...] = field(default=())
 
-    def lines(self) -> list[str]:
-        """One sentence or line per adapter and per problem."""
-        return [*map(str, self.adapters), *map(str, self.problems), *map(str, self.warnings)]
+    def lines(self, which: str = "all") -> list[str]:
+        """One sentence or line per adapter and per problem; of `problems` only, or `nothing`."""
+        if which == "nothing":
+            return []
+        adapters = [adapter for adapter in self.adapters if which == "all" or adapter.unmatched or not adapter.used]
+        return [*map(str, adapters), *map(str, self.problems), *map(str, self.warnings)]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

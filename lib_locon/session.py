@@ -18,6 +18,7 @@ from lib_locon.models.blocks import place_of
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Patch, make_plan
+from lib_locon.patching.rounding import Rounding
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import logical_shapes
 from lib_locon.prompt.request import Strengths
@@ -69,11 +70,13 @@ class Session:
 
     Works for any `nn.Module` whose parameters an adapter names, with or without the webui's structure around it.
     Weights that cannot hold the sum (fp8, packed integers) stay as they are, and the change is added to the output of
-    their layer where its family allows it; with `side_path` that is done wherever it can be.
+    their layer where its family allows it; with `side_path` that is done wherever it can be. `rounding` is once for the
+    whole sum, or `builtin`: after each use, in their order, as the webui's built-in Lora rounds.
     """
 
-    def __init__(self, model: nn.Module, *, side_path: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, side_path: bool = False, rounding: Rounding = "exact") -> None:
         self.side_path = side_path
+        self.rounding: Rounding = rounding
         self._state = _state_of(model)
 
     @property
@@ -92,13 +95,16 @@ class Session:
         return self._state.side
 
     def apply(self, uses: Sequence[Use]) -> Report:
-        """Makes the model hold base + Σ strength · ΔW of these, whatever it held before. The order does not matter.
+        """Makes the model hold base + Σ strength · ΔW of these, whatever it held before.
+
+        The order does not matter, unless it is rounded after each.
 
         Raises PatchError when that fails anywhere; the model then has its base values, and no adapter.
         """
         state = self._state
         with state.lock:  # one set after the other: hooks of one and weights of another are no set
-            asked = (self.side_path, *((id(use.adapter), use.strengths, use.dyn, use.name) for use in uses))
+            rounding = self.rounding
+            asked = (self.side_path, rounding, *((id(use.adapter), use.strengths, use.dyn, use.name) for use in uses))
             last = state.last
             if last is not None and last.holds(asked, self.engine):
                 return last.report
@@ -106,11 +112,12 @@ class Session:
             try:
                 matches = [self.match(use.adapter) for use in uses]
                 pairs = list(zip(uses, matches, strict=True))
-                plan = make_plan(use.patch(item) for use, found in pairs for item in found.matched)
+                patches = [use.patch(item) for use, found in pairs for item in found.matched]
+                plan = make_plan(patches, as_given=rounding == "builtin")
                 reports = tuple(use.report(found) for use, found in pairs)
                 merged, beside = self.side.split(plan, side=self.side_path)
                 state.layers += [item.layer for found in matches for item in found.matched]
-                written = self.side.set(beside) + self.engine.apply(merged)
+                written = self.side.set(beside) + self.engine.apply(merged, rounding)
             except BaseException:
                 self.restore()  # half of a set is no set, and neither is the one before
                 raise
@@ -184,13 +191,18 @@ class _State:
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 """Freed with the model: nothing in a state holds on to the model or its modules."""
+_MAKING = threading.Lock()
+"""Images and pages ask from threads of their own: two states of one model would take each other's work for the base."""
 
 
 def _state_of(model: nn.Module) -> _State:
     shapes = logical_shapes(model)
-    state = _STATES.get(model)
-    if state is None or (dict(state.table.shapes) != dict(shapes) and not (state.engine.active or state.side.active)):
-        table = TargetTable.of_shapes(shapes)
-        state = _STATES[model] = _State(table, Engine(model), SidePath(model, combine))
-        weakref.finalize(model, state.let_go)  # its adapters may live on
-    return state
+    with _MAKING:
+        state = _STATES.get(model)
+        if state is None or (
+            dict(state.table.shapes) != dict(shapes) and not (state.engine.active or state.side.active)
+        ):
+            table = TargetTable.of_shapes(shapes)
+            state = _STATES[model] = _State(table, Engine(model), SidePath(model, combine))
+            weakref.finalize(model, state.let_go)  # its adapters may live on
+        return state

@@ -24,6 +24,8 @@ class Setting:
     default: Value
     choices: tuple[str, ...] = ()
     lines: int = 0
+    infotext: str = ""
+    """Its name in images' texts, where it stands if it is not the default; the host takes it from there when pasted."""
     section: tuple[str, str] = OWN_PAGE
 
     def read(self, found: Any) -> Value:
@@ -72,7 +74,42 @@ INFOTEXT = Setting(
     "Write into each image's text what was applied: adapters, strengths, and how many of their layers",
     True,
 )
-SETTINGS: tuple[Setting, ...] = (ALLOW_PICKLE, SIDE_PATH, BASE_STORE, FREE_UNUSED, PRESETS, INFOTEXT)
+ROUNDING = Setting(
+    "locon_rounding",
+    "How the sum of several adapters is rounded: exact (once, in any order of the tags), or builtin (after each "
+    "adapter, in the order of the tags, as the webui's built-in Lora does: for images that were made so)",
+    "exact",
+    ("exact", "builtin"),
+    infotext="Locon rounding",
+)
+COMMENTS = Setting(
+    "locon_comments",
+    "What is said under each image (the log has all of it): all (a line for each adapter, and what is wrong), problems "
+    "(only about what was not used, or not in full), nothing",
+    "all",
+    ("all", "problems", "nothing"),
+)
+COMPLETION = Setting(
+    "locon_completion",
+    "Complete adapters' names, keys and presets in the prompt boxes (off by itself where the tag-completion extension "
+    "completes them)",
+    True,
+)
+MISTAKES = Setting(
+    "locon_mistakes", "Say below a prompt box what is wrong with an adapter's tag in it, while it is written", True
+)
+SETTINGS: tuple[Setting, ...] = (
+    ALLOW_PICKLE,
+    SIDE_PATH,
+    BASE_STORE,
+    FREE_UNUSED,
+    ROUNDING,
+    PRESETS,
+    INFOTEXT,
+    COMMENTS,
+    COMPLETION,
+    MISTAKES,
+)
 """Our own."""
 
 NO_ADAPTER = "None"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
+
+_NONE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,43 @@ class Client:
         return self.ask("POST", path, content=content, **options)
 
     def ask(
-        self, method: str, path: str, query: str = "", content: bytes = b"", login: str = "", raw: str = ""
+        self,
+        method: str,
+        path: str,
+        query: str = "",
+        content: bytes = b"",
+        login: str = "",
+        raw: str = "",
+        headers: Mapping[str, str] = _NONE,
+        client: str = "127.0.0.1",
+        parts: int = 2,
+        broken_off: bool = False,
     ) -> Answer:
-        """`raw` is the path as it goes over the wire, where it is not the usual spelling."""
-        headers = [(b"host", b"test"), (b"content-length", str(len(content)).encode())]
+        """`raw` is the path as it goes over the wire, where it is not the usual spelling; the body comes in `parts`."""
+        sent = {"host": "test", "content-length": str(len(content)), **headers}
+        pairs = [(key.encode(), value.encode("latin-1")) for key, value in sent.items()]
         if login:
-            headers.append((b"authorization", b"Basic " + base64.b64encode(login.encode())))
+            pairs.append((b"authorization", b"Basic " + base64.b64encode(login.encode())))
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
             "path": path, "raw_path": (raw or quote(path)).encode(), "query_string": query.encode(), "root_path": "",
-            "headers": headers, "client": ("127.0.0.1", 1), "server": ("test", 80), "state": {},
+            "headers": pairs, "client": (client, 1), "server": ("test", 80), "state": {},
         }  # fmt: skip
-        answer = asyncio.run(self._ask(scope, content))
+        answer = asyncio.run(self._ask(scope, content, parts, broken_off))
         self.seen.append(answer)
         return answer
 
-    async def _ask(self, scope: dict[str, Any], content: bytes) -> Answer:
+    async def _ask(self, scope: dict[str, Any], content: bytes, count: int, broken_off: bool) -> Answer:
         sent: list[MutableMapping[str, Any]] = []
-        # in two parts, as a server may hand it on
-        parts = [content[: len(content) // 2], content[len(content) // 2 :]]
+        # in parts, as a server may hand it on
+        size = max(1, -(-len(content) // count))
+        parts = [content[start : start + size] for start in range(0, len(content), size)][: 1 if broken_off else None]
 
         async def receive() -> MutableMapping[str, Any]:
+            if broken_off and not parts:
+                return {"type": "http.disconnect"}
             part = parts.pop(0) if parts else b""
-            return {"type": "http.request", "body": part, "more_body": bool(parts)}
+            return {"type": "http.request", "body": part, "more_body": bool(parts) or broken_off}
 
         async def send(message: MutableMapping[str, Any]) -> None:
             sent.append(message)

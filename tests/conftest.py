@@ -16,6 +16,7 @@ from hypothesis import settings
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lib_locon.arithmetic import rounded_product
 from lib_locon.models.targets import View
 from lib_locon.patching.plan import Adder, LowRank, Patch
 
@@ -77,6 +78,9 @@ class Whole:
     def low_rank(self, device: torch.device) -> LowRank | None:
         return None
 
+    def unscaled(self, weight: Tensor) -> tuple[Tensor, float] | None:
+        return None
+
     def bound(self) -> float:
         return math.inf
 
@@ -101,6 +105,11 @@ class Known(Whole):
 
     def low_rank(self, device: torch.device) -> LowRank | None:
         return None if self.whole is not None else (self.up.to(device), self.down.to(device), 1.0)
+
+    def unscaled(self, weight: Tensor) -> tuple[Tensor, float] | None:
+        if self.whole is not None:
+            return None
+        return rounded_product(self.up.to(weight.dtype), self.down.to(weight.dtype)).reshape(weight.shape), 1.0
 
 
 @pytest.fixture(scope="session")

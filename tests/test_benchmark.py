@@ -20,7 +20,7 @@ from benchmarks.compared_ways import OursRam
 from benchmarks.memory import anonymous
 from benchmarks.models import skeleton
 from benchmarks.report_page import BARS, met, page
-from benchmarks.rows import ROWS
+from benchmarks.rows import ROWS, Measured, as_json
 from lib_locon.families import SUFFIXES
 from lib_locon.models.table import TargetTable
 
@@ -63,15 +63,16 @@ def test_form(result: dict[str, Any]) -> None:
     assert [row["name"] for row in result["rows"]] == ASKED
     for row in result["rows"]:
         assert row["dtype"] == "fp32"
-        assert row.keys() == {"name", "dtype", "seconds", "ratio", "anon_mib", "written"}
+        assert row.keys() == {"name", "dtype", "seconds", "ratio", "arithmetic", "anon_mib", "written"}
+        assert (row["arithmetic"] > 0) == (row["name"] == "locon-r8")
+        assert row["arithmetic"] < row["ratio"], "no change is faster than its products"
 
 
-def test_ratios_are_multiples_of_the_floor(result: dict[str, Any]) -> None:
-    floor = result["floor_seconds"]["fp32"]
-    for row in result["rows"]:
-        assert math.isfinite(row["ratio"])
-        assert row["ratio"] > 0
-        assert row["ratio"] == pytest.approx(row["seconds"] / floor)
+def test_ratios_are_multiples_of_the_floor_just_before() -> None:
+    # a slow minute in which the floor and the row took ten times as long is no other ratio
+    found = Measured(seconds=[6.0, 66.0, 9.0], floors=[2.0, 20.0, 2.0], written=1)
+    row = as_json("locon-r8", "fp32", found, arithmetic=1.0)
+    assert (row["seconds"], row["ratio"], row["arithmetic"]) == (9.0, 3.3, 0.5)
 
 
 def test_only_the_same_set_again_touches_nothing(result: dict[str, Any]) -> None:

@@ -10,15 +10,17 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from extensions_builtin_shim import browser
+from extensions_builtin_shim.app import App
 from extensions_builtin_shim.launch import ADAPTERS, CHECKOUT, launch
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 ONE, OTHER = sorted(path.stem for path in ADAPTERS.glob("*.safetensors"))[:2]
 ATTACK = "<img src=x onerror=attacked()>"
 UNUSABLE = ATTACK
+PARTLY = "partly"
 STRANGE = "a'b\"c&d \\ (x) [y] <b"
 """A file's name that a tag can hold: no `:` and no `>`."""
 
@@ -47,12 +50,18 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two shipped adapters, and two files whose names and words are an attack."""
+    """Two shipped adapters, one that fits in part, and two files whose names and words are an attack."""
     folder = tmp_path_factory.mktemp("adapters")
     for name in (ONE, OTHER):
         shutil.copy(ADAPTERS / f"{name}.safetensors", folder)
     attack = {"ss_output_name": f'"{ATTACK}', "ss_tag_frequency": json.dumps({"x": {ATTACK: 3}})}
     words = {"description": ATTACK, "activation text": f"{ATTACK}'\"", "notes": ATTACK, "preferred weight": "1)+alert("}
+    tensors = load_file(ADAPTERS / f"{OTHER}.safetensors")
+    module = next(iter(tensors)).partition(".")[0]
+    moved = {
+        key.replace(f"{module}.", "lora_te2_text_model_encoder_layers_0_mlp_fc1."): tensors[key] for key in tensors
+    }
+    save_file(moved, folder / f"{PARTLY}.safetensors")
     for name in (UNUSABLE, STRANGE):
         save_file(load_file(ADAPTERS / f"{ONE}.safetensors"), folder / f"{name}.safetensors", attack)
         (folder / f"{name}.json").write_text(json.dumps(words))
@@ -61,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(chromium: Browser, folder: Path) -> Iterator[str]:
-    with launch(lora_dir=folder) as webui:
+    with launch(lora_dir=folder, make_app=App) as webui:
         from extensions_builtin_shim.page import Server
 
         server = Server(webui, 0)
@@ -230,7 +239,7 @@ def test_search_and_sort(page: Page) -> None:
         return list(page.locator(".card:visible .name").all_text_contents())
 
     all_names = names()
-    assert {ONE, OTHER, STRANGE, UNUSABLE} == set(all_names)
+    assert {ONE, OTHER, PARTLY, STRANGE, UNUSABLE} == set(all_names)
     page.fill(".search", OTHER.upper())
     assert names() == [name for name in all_names if OTHER in name]
     page.fill(".search", "")
@@ -305,4 +314,294 @@ def test_the_html_that_the_host_would_show(chromium: Browser, address: str, fold
     assert page.locator("img[src='x']").count() == 0
     assert page.evaluate("window.wrong") is None
     assert unescape(cards).count(str(folder / f"{UNUSABLE}.safetensors")) >= 1
+    page.close()
+
+
+# ---- the prompt box
+
+
+@pytest.fixture
+def box(page: Page) -> Any:
+    """The prompt, empty and with the caret in it."""
+    area = page.locator("#prompt")
+    area.fill("")
+    area.focus()
+    return area
+
+
+def offers(page: Page) -> list[str]:
+    """What the open list offers."""
+    page.locator(".locon-list").wait_for()
+    return list(page.locator(".locon-offer-text").all_text_contents())
+
+
+def chosen(page: Page) -> str:
+    return page.locator(".locon-offer[aria-selected=true] .locon-offer-text").text_content() or ""
+
+
+def closed(page: Page) -> bool:
+    """Whether no list is open, and none comes."""
+    page.wait_for_timeout(500)
+    return page.locator(".locon-list").count() == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "lyco"])
+def test_a_name_is_completed(page: Page, box: Any, kind: str) -> None:
+    box.press_sequentially(f"cat <{kind}:")
+    assert {ONE, OTHER, PARTLY, STRANGE} == set(offers(page))
+    box.press_sequentially(ONE[1:4].upper())
+    page.locator(".locon-offer").nth(1).wait_for(state="detached")
+    assert offers(page) == [ONE]
+    box.press("Enter")
+    assert re.fullmatch(rf"cat <{kind}:{ONE}:[\d.]+>", prompt(page))
+    assert closed(page)
+    box.press_sequentially(":")
+    assert offers(page)[:2] == ["te=", "te1="]
+    box.press_sequentially("hrun")
+    page.locator(".locon-offer").nth(1).wait_for(state="detached")
+    box.press("Tab")
+    box.press_sequentially("0.5")
+    assert re.fullmatch(rf"cat <{kind}:{ONE}:[\d.]+:hrunet=0.5>", prompt(page))
+    assert box.evaluate("element => element === document.activeElement")
+
+
+def test_presets_follow_their_key(page: Page, box: Any) -> None:
+    box.press_sequentially(f"<lora:{ONE}:1:lbw")
+    assert offers(page) == ["lbw=", "lbwe="]
+    box.press("Enter")
+    page.locator(".locon-offer", has_text="OUTALL").wait_for()
+    box.press_sequentially("outa")
+    page.locator(".locon-offer").nth(1).wait_for(state="detached")
+    box.press("Enter")
+    assert prompt(page) == f"<lora:{ONE}:1:lbw=OUTALL"
+
+
+def test_keys_of_an_open_list(page: Page, box: Any) -> None:
+    box.press_sequentially("<lora:")
+    names = offers(page)
+    assert chosen(page) == names[0]
+    box.press("ArrowDown")
+    assert chosen(page) == names[1]
+    box.press("ArrowUp")
+    box.press("ArrowUp")
+    assert chosen(page) == names[-1]
+    box.press("Escape")
+    assert closed(page)
+    assert prompt(page) == "<lora:"
+    box.press_sequentially("x")
+    box.press("Backspace")
+    page.locator(".locon-list").wait_for()
+    page.locator(".locon-offer", has_text=OTHER).click()
+    assert prompt(page).startswith(f"<lora:{OTHER}:")
+    assert box.evaluate("element => element === document.activeElement")
+
+
+def test_while_an_answer_is_on_its_way(page: Page, box: Any) -> None:
+    """The open list is still the one for fewer letters: a choice takes the place of all that was written."""
+    box.press_sequentially("<lora:")
+    name = offers(page)[0]
+    page.route("**/locon/v1/complete?*", lambda route: None)
+    box.press_sequentially("xyz")
+    box.press("Tab")
+    assert re.fullmatch(rf"<lora:{re.escape(name)}:[\d.]+>", prompt(page))
+    page.unroute("**/locon/v1/complete?*")
+    box.press_sequentially("<lora:")
+    offers(page)
+    box.press_sequentially(ONE[0])
+    box.press("Escape")
+    assert closed(page), "what comes after Escape opens no list"
+
+
+def test_no_key_is_taken_from_a_closed_list(page: Page, box: Any) -> None:
+    box.press_sequentially("one")
+    box.press("Enter")
+    box.press_sequentially("<lora:none at all")
+    assert closed(page)
+    box.press("Enter")
+    box.press("ArrowUp")
+    box.press("End")
+    box.press_sequentially("!")
+    assert prompt(page) == "one\n<lora:none at all!\n"
+    box.press("Tab")
+    assert not box.evaluate("element => element === document.activeElement")
+
+
+def test_the_list_goes_when_the_caret_does(page: Page, box: Any) -> None:
+    ways: dict[str, Any] = {
+        "a key": lambda: box.press("Home"),
+        "a click": lambda: page.click("h1"),
+        "another field": lambda: box.blur(),
+        "another size": lambda: page.set_viewport_size({"width": 900, "height": 700}),
+    }
+    for name, leave in ways.items():
+        box.fill("")
+        box.press_sequentially("<lora:")
+        offers(page)
+        leave()
+        assert closed(page), name
+
+
+def test_the_negative_prompt_too(page: Page) -> None:
+    area = page.locator("#negative")
+    area.focus()
+    area.press_sequentially(f"<lora:{ONE}")
+    page.wait_for_timeout(300)
+    area.press_sequentially(":")
+    assert "te=" in offers(page)
+    area.press("Escape")
+    area.press_sequentially("1>")
+    page.locator("#txt2img_neg_prompt .locon-mistakes", has_text="no tags in the negative prompt").wait_for()
+
+
+@pytest.mark.parametrize(
+    "change", ["opts.locon_completion = false", "window.TAC_CFG = null", "window.TAC_CFG = {}; opts.tac_active = true"]
+)
+def test_it_stays_off(page: Page, box: Any, change: str) -> None:
+    page.evaluate(change)
+    box.press_sequentially("<lora:")
+    assert closed(page)
+
+
+def test_it_is_there_where_the_others_is_switched_off(page: Page, box: Any) -> None:
+    page.evaluate("window.TAC_CFG = {}; opts.tac_active = true; opts.tac_useLoras = false")
+    box.press_sequentially("<lora:")
+    assert offers(page)
+
+
+def test_a_card_and_a_pasted_text_open_no_list(page: Page, box: Any) -> None:
+    card(page, ONE).click()
+    page.evaluate("area => { area.value = '<lora:'; updateInput(area); }", box.element_handle())
+    assert closed(page)
+
+
+def test_the_caret_stands_under_the_place(page: Page, box: Any) -> None:
+    box.fill(f"cat <lora:{ONE}:1.o>")
+    place = page.locator("#txt2img_prompt .locon-place")
+    place.wait_for()
+    assert page.locator(".locon-sentence").inner_text() == "this tag will be skipped: '1.o' is no number"
+    text = place.evaluate("pre => pre.firstChild.data")
+    assert text == f"<lora:{ONE}:1.o>\n"
+    # where the letter is drawn, and where the caret is
+    letter, caret = place.evaluate(
+        """(pre, at) => {
+          const range = document.createRange();
+          range.setStart(pre.firstChild, at);
+          range.setEnd(pre.firstChild, at + 1);
+          return [range, pre.querySelector(".locon-caret")].map((each) => each.getBoundingClientRect().toJSON());
+        }""",
+        text.index("1.o"),
+    )
+    assert abs(letter["left"] - caret["left"]) < 1
+    assert caret["top"] >= letter["bottom"] - 4
+    box.fill(f"cat <lora:{ONE}:1>")
+    place.wait_for(state="detached")
+
+
+def test_a_misspelt_name_is_told_while_it_is_written(page: Page, box: Any) -> None:
+    box.fill(f"<lora:{ONE}x>")
+    page.locator(".locon-sentence", has_text=f"there is no adapter '{ONE}x'").wait_for()
+    box.fill("cat")
+    page.locator(".locon-mistakes").wait_for(state="detached")
+    page.evaluate("opts.locon_mistakes = false")
+    box.fill(f"<lora:{ONE}y>")
+    page.wait_for_timeout(1500)
+    assert page.locator(".locon-mistakes").count() == 0
+
+
+def test_hostile_names_in_the_box(page: Page, box: Any) -> None:
+    box.press_sequentially("<lora:a'b")
+    assert offers(page) == [STRANGE]
+    box.press("Enter")
+    assert prompt(page).startswith(f"<lora:{STRANGE}:")
+    assert closed(page)
+    assert page.locator(".locon-mistakes").count() == 0
+    box.fill("<lora:<img src=x onerror=attacked():1>")
+    page.locator(".locon-sentence", has_text="onerror=attacked()").wait_for()
+    assert page.locator("img[src='x']").count() == 0
+
+
+def test_a_badge_where_part_of_a_file_does_not_fit(page: Page) -> None:
+    badge = card(page, PARTLY).locator(".locon-partial")
+    badge.wait_for()
+    assert re.fullmatch(r"(\d+)/(\d+) layers fit", badge.inner_text())
+    assert "1 × the model has no te2" in (badge.get_attribute("title") or "")
+    assert card(page, ONE).locator(".locon-partial").count() == 0
+    # another model is there: whoever is in sight asks again
+    page.route(
+        "**/locon/v1/fit", lambda route: route.fulfill(json={"fits": {PARTLY: {"used": 0, "total": 9, "why": "<b>"}}})
+    )
+    page.set_viewport_size({"width": 900, "height": 300})
+    page.evaluate("window.scrollTo(0, 0)")
+    card(page, PARTLY).scroll_into_view_if_needed()
+    page.locator(".locon-partial", has_text="does not fit").wait_for()
+    assert page.locator(".locon-partial b").count() == 0
+
+
+def test_a_card_is_made_anew_after_an_edit(chromium: Browser, address: str, folder: Path) -> None:
+    """The host's own way looks the card up by its name, unquoted: a name with a quote in it would not be found."""
+    from modules import shared, ui_extra_networks
+
+    listed = ui_extra_networks.extra_pages[0]
+    html = listed.create_html("txt2img")
+    loaded = [html.partition('data-locon-model="')[2].partition('"')[0]]
+
+    def served(route: Any) -> None:
+        url = urlsplit(route.request.url)
+        script = CHECKOUT / "javascript" / url.path.rpartition("/")[2]
+        if script.suffix == ".mjs":
+            route.fulfill(body=script.read_text(), content_type="text/javascript")
+        elif url.path == "/sd_extra_networks/get-single-card":
+            (name,) = parse_qs(url.query)["name"]
+            item = listed.create_item(name, enable_filter=False)
+            route.fulfill(
+                json={"html": listed.create_item_html("txt2img", item, shared.html("extra-networks-card.html"))}
+            )
+        elif url.path == "/locon/v1/fit":
+            route.fulfill(json={"fits": {}, "model": loaded[-1]})
+        elif url.path == "/":
+            editor = (
+                "<div class=edit-user-metadata><div class=locon-activation><label><textarea></textarea></label></div>"
+                f"<button class=locon-word data-word='a (b)'>{escape(ATTACK)}</button></div>"
+            )
+            stubs = "opts = {}; shut = 0; function gradioApp() { return document } function closePopup() { shut += 1 } "
+            stubs += "function updateInput() {} function attacked() { window.wrong = true }"
+            script = "<script type=module src='file=x/javascript/locon.mjs'></script>"
+            prompts = "<div id=txt2img_prompt><label><textarea>cat</textarea></label></div>"
+            body = f"<body>{prompts}{html}{editor}<script>{stubs}</script>{script}"
+            route.fulfill(body=body, content_type="text/html")
+        else:
+            route.fulfill(status=404)
+
+    page = chromium.new_page()
+    page.route("http://host.test/**", served)
+    page.goto("http://host.test/")
+    for name in (STRANGE, ONE):
+        file = folder / f"{name}.json"
+        before = file.read_bytes() if file.exists() else None
+        file.write_text(json.dumps({"description": f"{ATTACK} new"}))
+        page.evaluate("name => loconSaved(name, true)", name)
+        card(page, name).locator(".description", has_text=" new").wait_for()
+        file.write_bytes(before) if before else file.unlink()
+        card(page, name).click()
+        assert f"<lora:{name}:" in page.locator("textarea").first.input_value(), "the new card can be clicked"
+    assert page.evaluate("shut") == 2
+    stale = page.locator(".locon-stale-note")
+    with page.expect_response("**/locon/v1/fit"):
+        page.set_viewport_size({"width": 700, "height": 300})
+        page.evaluate("window.scrollTo(0, 10000)")
+        page.evaluate("window.scrollTo(0, 0)")
+    assert page.locator(".locon-stale").count() == 0
+    loaded.append("SDXL")
+    with page.expect_response("**/locon/v1/fit"):
+        page.evaluate("window.scrollTo(0, 10000)")
+    page.locator(".locon-stale").wait_for()
+    assert "refresh to see" in (stale.text_content() or "")
+    page.evaluate("loconSaved('', true)")
+    assert page.evaluate("shut") == 2
+    page.click(".locon-word")
+    assert page.input_value(".locon-activation textarea") == r"a \(b\)"
+    page.click(".locon-word")
+    assert page.input_value(".locon-activation textarea") == ""
+    assert page.locator("img[src='x']").count() == 0
+    assert page.evaluate("window.wrong") is None
     page.close()

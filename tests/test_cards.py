@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from extensions_builtin_shim.launch import CHECKOUT, launch, put_modules_on_path
 from extensions_builtin_shim.tiny_sd import TinySD
-from lib_locon.cards import Cards, fits, read_user_metadata
+from lib_locon.cards import Cards, fits
 from lib_locon.errors import UnknownName
 from lib_locon.facts import Facts, FactsIndex, FileMetadata, read_facts, training_words
 from lib_locon.files.reader import FileIdentity
 from lib_locon.library import Library
+from lib_locon.user_metadata import UserMetadata, read_user_metadata
 
 put_modules_on_path()
 
@@ -62,7 +63,11 @@ def test_what_a_card_shows(write: Write, tmp_path: Path) -> None:
     assert card.facts is not None
     assert card.facts.triggers == ("cat", "dog")
     assert card.names == ("sub/style", "style", "my style")
-    assert {"sub/style", "my style", "abc", "LoRA", "SD1", "cat", "dog"} <= set(card.search_terms)
+    assert {"sub/style", "my style", "LoRA", "SD1", "cat", "dog"} <= set(card.search_terms)
+    assert card.hash == "" and "abc" not in card.search_terms  # what a file says of its own hash is not shown
+    assert card.facts.claimed_hash == "abc"
+    (card,) = cards(tmp_path, hash_of=lambda identity: f"computed {identity.size}").all()
+    assert card.hash == f"computed {card.identity.size}" and card.hash in card.search_terms
     stat = path.stat()
     dates = {"date_created": int(stat.st_ctime), "date_modified": int(stat.st_mtime)}
     assert card.sort_keys == {**dates, "name": "style", "path": str(path).lower()}
@@ -142,7 +147,7 @@ def test_an_unreadable_file_has_a_card_that_says_why(write: Write, tmp_path: Pat
 
 
 def test_families_in_a_word(tmp_path: Path) -> None:
-    from lib_locon.cards import Card, UserMetadata
+    from lib_locon.cards import Card
 
     def family(*labels: str) -> str:
         card = Card("a", "a", tmp_path, FileIdentity("a", 1, 1), 0, Facts(families=labels), UserMetadata(), None, ())
@@ -415,6 +420,9 @@ def test_the_names_of_cards_can_be_used(host: Any, write: Write, tmp_path: Path)
 def test_checkout_has_one_file_that_touches_the_dom() -> None:
     """`javascript/locon.mjs` alone; the helpers beside it are pure."""
     scripts = {path.name: path.read_text() for path in (CHECKOUT / "javascript").iterdir()}
-    assert set(scripts) == {"locon.mjs", "locon_tags.mjs"}
-    assert not re.search(r"\b(document|window|gradioApp)\b", scripts["locon_tags.mjs"].replace("// ", ""))
-    assert "innerHTML" not in scripts["locon.mjs"]
+    helpers = set(scripts) - {"locon.mjs"}
+    assert helpers == {"locon_completion.mjs", "locon_tags.mjs", "locon_texts.mjs"}
+    for name in helpers:
+        code = re.sub(r"//.*|/\*.*?\*/", "", scripts[name], flags=re.DOTALL if "/*" in scripts[name] else 0)
+        assert not re.search(r"\b(document|window|gradioApp)\b", code), name
+    assert not re.search(r"innerHTML|insertAdjacentHTML|outerHTML|\beval\b", scripts["locon.mjs"])

@@ -24,4 +24,4 @@ def test_helpers(path: Path) -> None:
 
 
 def test_there_are_some() -> None:
-    assert [path.name for path in TESTS] == ["grid.test.mjs", "tags.test.mjs"]
+    assert [path.name for path in TESTS] == ["completion.test.mjs", "grid.test.mjs", "tags.test.mjs", "texts.test.mjs"]

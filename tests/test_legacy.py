@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,10 @@ from extensions_builtin_shim.tiny_sd import TinySD
 from tests import random_adapters
 
 put_modules_on_path()
-from modules import extra_networks, script_callbacks, sd_models  # noqa: E402  # only now is there a `modules`
+from modules import extra_networks, script_callbacks, sd_models, shared  # noqa: E402  # only now is there a `modules`
+
+from lib_locon.hosts import takeover  # noqa: E402
+from lib_locon.session import Session  # noqa: E402
 
 Launch = Callable[..., Any]
 SHIM = Path(__file__).parents[1] / "extensions_builtin_shim" / "Lora"
@@ -229,6 +233,8 @@ def test_tagcomplete_reads_the_files(started: Launch, tmp_path: Path) -> None:
     assert file.metadata["ss_output_name"] == file.alias
     assert file.get_alias() == file.alias
     assert lora.available_lora_aliases["first"] is lora.available_lora_aliases[file.alias] is file
+    assert file.hash == file.shorthash == ""  # not computed yet, and what the file says of itself is no proof
+    assert file not in networks.available_network_hash_lookup.values()
     file.read_hash()
     assert len(file.hash) == 64
     assert networks.available_network_hash_lookup[file.shorthash] is file
@@ -288,6 +294,72 @@ def test_block_weight_changes_factors(started: Launch, caplog: pytest.LogCapture
     told = [record.message for record in caplog.records if "lbw=" in record.message]
     assert len(told) == 2
     assert "tiny_lora" in told[0]
+
+
+def test_block_weight_beside_a_tag_that_has_block_weights(started: Launch, caplog: pytest.LogCaptureFixture) -> None:
+    """It multiplies the factors by what stands in the tag, which we did already: nothing is wrong, nothing is said."""
+    webui = started()
+    networks = imported("networks")
+    expected = generate(webui, "cat <lora:tiny_lora:1:lbw=OUTALL>")
+
+    def rewrite(_: int) -> None:
+        for module in networks.loaded_networks[0].modules.values():
+            module.up_model.weight = nn.Parameter(module.up_model.weight * 0)
+
+    at_each_step(rewrite)
+    assert generate(webui, "cat <lora:tiny_lora:1:lbw=OUTALL>") == expected
+    assert [record.message for record in caplog.records if "changes the layers" in record.message] == []
+
+
+def test_composable_lora_reads_every_field_of_a_layer(started: Launch, caplog: pytest.LogCaptureFixture) -> None:
+    """It makes an object of its own of each, and notes that on ours."""
+    webui = started()
+    networks = imported("networks")
+    generate(webui, "cat <lora:tiny_locon:1><lora:tiny_loha:1><lora:tiny_lokr:1>")
+    seen = set()
+    for network in networks.loaded_networks:
+        for module in network.modules.values():
+            layer = module.sd_module
+            assert module.bias is None and module.scale is None and module.dora_scale is None
+            assert module.dora_norm_dims == layer.weight.ndim - 1
+            kwargs = {} if isinstance(layer, nn.Linear) else {"stride": layer.stride, "padding": layer.padding}
+            assert module.extra_kwargs == kwargs
+            updown, _ = module.calc_updown(layer.weight.detach())
+            value = torch.ones(1, layer.weight.shape[1], *[4] * (layer.weight.ndim - 2))
+            if isinstance(layer, nn.Linear):
+                value = value.reshape(1, -1)
+            change = module.ops(value, updown, **kwargs)
+            torch.testing.assert_close(module.forward(value, torch.ones(())), 1 + change)
+            module.lyco_converted_lora_module = seen
+            if type(module).__name__ == "NetworkModuleLora":
+                assert module.mid_model is None
+                both = module.up_model.to(device="cpu")(module.down_model.to(device="cpu")(value))
+                torch.testing.assert_close(both * module.calc_scale() * module.multiplier(), change)
+            seen.add(type(module).__name__)
+    assert seen == {"NetworkModuleLora", "NetworkModuleHada", "NetworkModuleLokr"}
+    assert "changes the layers" not in caplog.text
+
+
+def test_the_page_of_cards_can_be_made(started: Launch) -> None:
+    started()
+    page = imported("ui_extra_networks_lora").ExtraNetworksPageLora()
+    assert {item["name"] for item in page.list_items()} == set(imported("networks").available_networks)
+
+
+def test_names_are_looked_for(started: Launch, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    started(lora_dir=folder)
+    networks = imported("networks")
+    time = folder.stat().st_mtime_ns
+    assert not networks.available_networks
+    shutil.copy(random_adapters.folder() / "tiny_lora.safetensors", folder / "new.safetensors")
+    os.utime(folder, ns=(time, time))
+    networks.update_available_networks_by_names([])
+    assert not networks.available_networks
+    networks.update_available_networks_by_names(["new"])
+    assert list(networks.available_networks) == ["new"]
+    networks.purge_networks_from_memory()
 
 
 # --- setting -----------------------------------------------------------------------------------------------------
@@ -434,6 +506,33 @@ def test_composable_lora_gives_layers_back(started: Launch) -> None:
     assert generate(webui, "cat <lora:tiny_lora:0.8>") == full
 
 
+def test_layers_that_get_their_base_back_and_are_patched_again_at_once(
+    started: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One composable-lora does so with each layer, before it adds to the output: not the whole model each time."""
+    webui = started()
+    networks = imported("networks")
+    plain = generate(webui, "cat")
+    expected = [generate(webui, prompt) for prompt in ("cat <lora:tiny_lora:0.8>", "cat <lora:tiny_loha:1>")]
+    restored: list[object] = []
+    real = Session.restore
+    monkeypatch.setattr(Session, "restore", lambda session: (restored.append(session), real(session))[1])
+    own = nn.Linear.forward
+
+    def forward(self: nn.Linear, value: torch.Tensor) -> torch.Tensor:
+        networks.network_restore_weights_from_backup(self)
+        networks.network_reset_cached_weight(self)
+        return networks.network_Linear_forward(self, value)  # type: ignore[no-any-return]
+
+    nn.Linear.forward = forward  # type: ignore[method-assign]
+    try:
+        found = [generate(webui, prompt) for prompt in ("cat <lora:tiny_lora:0.8>", "cat <lora:tiny_loha:1>", "cat")]
+    finally:
+        nn.Linear.forward = own  # type: ignore[method-assign]
+    assert found == [*expected, plain]
+    assert len(restored) <= 4
+
+
 def test_through_the_functions_of_layers(started: Launch) -> None:
     """Some put `networks.network_Linear_forward` into torch's classes, and set strengths in the middle of a step."""
     webui = started()
@@ -454,6 +553,60 @@ def test_through_the_functions_of_layers(started: Launch) -> None:
         assert generate(webui, "cat <lora:tiny_lora:0.8>") == weaker
     finally:
         nn.Linear.forward = own  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", ["network_Linear_forward", "network_forward"])
+def test_strengths_that_are_set_in_the_forward_of_a_layer_beside_which_an_adapter_runs(
+    started: Launch, name: str
+) -> None:
+    """As regional-prompter does, which wants adapters beside the layers, at the first layer of the text encoder."""
+    webui = started()
+    shared.opts.set("lora_functional", True)
+    networks = imported("networks")
+    wanted = generate(webui, "cat <lora:tiny_lora:0.8:0>")
+    assert wanted != generate(webui, "cat")
+    names = networks.loaded_networks
+    first = next(
+        module
+        for path, module in sd_models.model_data.sd_model.named_modules()  # type: ignore[union-attr]
+        if path.endswith("layers.0.self_attn.q_proj")
+    )
+    own, calls = nn.Linear.forward, list[float]()
+
+    def forward(self: nn.Linear, value: torch.Tensor) -> torch.Tensor:
+        if self is first:
+            calls.append(len(self._forward_hooks))
+            for item in networks.loaded_networks:
+                item.te_multiplier = 0.8
+        if name == "network_forward":
+            return networks.network_forward(self, value, own)  # type: ignore[no-any-return]
+        return networks.network_Linear_forward(self, value)  # type: ignore[no-any-return]
+
+    nn.Linear.forward = forward  # type: ignore[method-assign]
+    try:
+        assert generate(webui, "cat <lora:tiny_lora:0:0>") == wanted
+    finally:
+        nn.Linear.forward = own  # type: ignore[method-assign]
+    assert calls[0] == 0, "no hook stood there when torch looked for one"
+    assert names is networks.loaded_networks
+
+
+def test_the_functions_of_layers_are_all_there(started: Launch) -> None:
+    """One composable-lora keeps each of them, and puts it back into torch's classes after an image."""
+    started()
+    networks = imported("networks")
+    layer = nn.Linear(2, 2)
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    own = nn.Linear._load_from_state_dict
+    nn.Linear._load_from_state_dict = networks.network_Linear_load_state_dict  # type: ignore[method-assign]
+    try:
+        layer.load_state_dict(state)
+    finally:
+        nn.Linear._load_from_state_dict = own  # type: ignore[method-assign]
+    assert layer.weight.eq(1).all()
+    for kind in LAYERS:
+        for short in ("forward", "load_state_dict"):
+            assert callable(getattr(networks, f"network_{kind.__name__}_{short}"))
 
 
 # --- the model's layers ------------------------------------------------------------------------------------------
@@ -527,6 +680,44 @@ def test_the_built_in_stays_and_acts_no_more(builtin: dict[str, Path], started: 
     networks.load_networks(["it is itself again"])
     assert networks.acted == [["it is itself again"]]
     assert networks.originals.Linear_forward is None  # by its own undo, which found its patches
+
+
+def test_others_import_half_of_a_built_in_that_is_switched_off(
+    builtin: dict[str, Path], started: Launch, tmp_path: Path
+) -> None:
+    """Its files lie there all the same: tagcomplete puts the folder on the path, and loractl finds the other half."""
+    early = f"import sys\nsys.path.append({str(builtin['Lora'])!r})\nimport lora\n"
+    late = """
+from modules import extra_networks, script_callbacks
+import network, networks, extra_networks_lora
+class Mine(extra_networks_lora.ExtraNetworkLora):
+    def activate(self, p, params_list):
+        return super().activate(p, params_list)
+def before_image(*_):
+    extra_networks.register_extra_network(Mine())
+script_callbacks.on_app_started(before_image)
+"""
+    path = list(sys.path)
+    alone = started()
+    plain, expected = generate(alone, "cat"), generate(alone, "cat <lora:tiny_lora:1>")
+    alone.close()
+    others = {
+        "a-complete": write(tmp_path / "a-complete", {"scripts/a.py": early}),
+        **OURS,
+        "z-ctl": write(tmp_path / "z-ctl", {"scripts/z.py": late}),
+    }
+    webui = started(extensions=others)
+    sys.path[:] = path
+    networks = imported("networks")
+    assert not takeover.is_ours(networks) and takeover.is_ours(imported("extra_networks_lora"))
+    for _ in range(2):
+        assert generate(webui, "cat <lora:tiny_lora:1>") == expected
+        assert [each.name for each in networks.loaded_networks] == ["tiny_lora"]
+        assert networks.originals.Linear_forward is nn.Linear.forward
+        assert generate(webui, "cat") == plain
+        webui.reload_ui()
+    webui.close()
+    assert networks.originals is None
 
 
 def test_what_the_built_in_left_in_the_model_comes_out(tagged: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from lib_locon.errors import FileError, UnknownName
 from lib_locon.files.hashes import hashes_of
 from lib_locon.files.reader import FileIdentity
-from lib_locon.library import Library
+from lib_locon.library import Library, without_folders
 from lib_locon.prompt.grammar import parse_prompt
 from lib_locon.prompt.request import Strengths
 from lib_locon.resolve import AdapterCache, find, resolve
@@ -391,3 +391,25 @@ def test_the_uses_of_any_moment_share_the_adapters_that_were_read_once(shelf: Sh
     assert [use.strengths.unet for use in later] == [0.5, 0.5]
     assert [use.strengths.unet for use in hires] == [0.5, 0.25]
     assert len({id(use.adapter) for uses in (first, later, hires) for use in uses}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("[Errno 2] No such file or directory: '/home/a user/x/y.bin'", "[Errno 2] No such file or directory: 'y.bin'"),
+        ("C:\\Users\\me\\x.pt is bad", "x.pt is bad"),
+        ("in 'C:\\\\Users\\\\me\\\\x.pt'", "in 'x.pt'"),
+        ("d:/a/b.pt is bad", "b.pt is bad"),
+        ("\\\\server\\share\\b c\\x.bin is bad", "x.bin is bad"),
+        ("'/a/b' (/mnt/d/e)", "'b' (e)"),
+        ("~/x/y", "y"),
+        (
+            "sub/x.safetensors: 264/264 layers, te/unet, and/or 1/2",
+            "sub/x.safetensors: 264/264 layers, te/unet, and/or 1/2",
+        ),
+        ("see https://a.example/b/c", "see https://a.example/b/c"),
+        ("", ""),
+    ],
+)
+def test_full_paths_in_what_others_wrote_are_cut_down(text: str, shown: str) -> None:
+    assert without_folders(text) == shown

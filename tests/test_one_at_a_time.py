@@ -62,11 +62,11 @@ def test_a_second_set_waits_until_the_first_is_whole(
     between, go_on = threading.Event(), threading.Event()
     apply = Engine.apply
 
-    def slow(engine: Engine, plan: object) -> int:
+    def slow(engine: Engine, plan: object, *more: object) -> int:
         if threading.current_thread().name == "first":
             between.set()
             go_on.wait(10)
-        return apply(engine, plan)  # type: ignore[arg-type]
+        return apply(engine, plan, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Engine, "apply", slow)
     first = threading.Thread(target=lambda: session.apply([one]), name="first")
@@ -137,7 +137,7 @@ def test_a_set_that_failed_leaves_no_factors_on_a_device(
     layers = [item.layer for item in session.match(use.adapter).matched]
     apply = Engine.apply
 
-    def no_room(engine: Engine, plan: object) -> int:
+    def no_room(engine: Engine, plan: object, *_: object) -> int:
         for layer in layers:
             layer.low_rank(ELSEWHERE)
         if plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -233,6 +234,26 @@ def test_how_loudly_a_missing_adapter_is_said(
     assert levels() == {"'gone'": "WARNING", "'broken'": "WARNING"}
 
 
+def test_what_is_said_under_an_image(start: Callable[..., Any], folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = load_file(folder / "tiny_lora.safetensors")
+    save_file({**tensors, "lora_unet_no_such.lora_up.weight": torch.zeros(4, 2),
+               "lora_unet_no_such.lora_down.weight": torch.zeros(2, 4)}, folder / "part.safetensors")  # fmt: skip
+    webui = start()
+    prompt = "<lora:tiny_lora:1><lora:part:1><lora:gone:1><lora:tiny_loha:1:no=1>"
+
+    def said(choice: str) -> list[str]:
+        set_option("locon_comments", choice)
+        caplog.clear()
+        with caplog.at_level("INFO", "lib_locon"):
+            lines: list[str] = [line.split()[0] for line in webui.generate(prompt, steps=1).comments]
+        assert len([record for record in caplog.records if "at 1" in record.getMessage()]) == 3  # whatever the choice
+        return lines
+
+    assert said("all") == ["tiny_lora", "part", "tiny_loha", "there", "'no=1'"]
+    assert said("problems") == ["part", "there", "'no=1'"]
+    assert said("nothing") == []
+
+
 def test_a_missing_adapter_pops_up_where_that_is_asked(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +297,79 @@ def test_a_bundled_embeddings_adapter_is_named(start: Callable[..., Any], folder
     assert not table["zorp"].shorthash
 
 
+def test_pickled_files_are_read_where_that_is_asked(start: Callable[..., Any], folder: Path) -> None:
+    torch.save(load_file(folder / "tiny_lora.safetensors"), folder / "old.pt")
+    webui = start()
+    assert "no adapter 'old'" in str(webui.generate("<lora:old:1>", steps=1).comments)
+    set_option("locon_allow_pickle", True)
+    assert "old (LoRA) at 1" in str(webui.generate("<lora:old:1>", steps=1).comments)
+
+
+@pytest.mark.parametrize("choice", ["auto", "checkpoint", "ram", "device"])
+def test_where_the_base_is_kept(start: Callable[..., Any], choice: str) -> None:
+    """The random model comes from no file, and its device is the CPU: all ways end in RAM, each by its own name."""
+    from modules import shared
+
+    webui = start()
+    set_option("locon_base_store", choice)
+    webui.generate("<lora:tiny_lora:1>", steps=1)
+    from lib_locon.hosts import a1111
+
+    report = a1111._webui.session(shared.sd_model).engine.store.report()
+    assert report.policy == choice and set(report.weights) == {"ram"}
+    assert bool(report.reasons) == (choice in ("auto", "checkpoint"))  # only these look for a file
+
+
+def test_unused_copies_of_the_base_are_given_back_where_that_is_asked(start: Callable[..., Any]) -> None:
+    from modules import shared
+
+    webui = start()
+    from lib_locon.hosts import a1111
+
+    def kept() -> int:
+        for prompt in ("<lora:tiny_lora:1>", "a cat"):
+            webui.generate(prompt, steps=1)
+        unused: int = a1111._webui.session(shared.sd_model).engine.store.report().unused
+        return unused
+
+    assert kept() > 0
+    set_option("locon_free_unused", True)
+    assert kept() == 0
+
+
+def test_the_users_presets_are_read(start: Callable[..., Any]) -> None:
+    webui = start()
+    prompt = "<lora:tiny_lora:1:lbw=MINE>"
+    assert "no preset 'MINE'" in str(webui.generate(prompt, steps=1).comments)
+    set_option("locon_presets", f"MINE:{','.join(['0.5'] * 17)}")
+    assert "blocks MINE" in str(webui.generate(prompt, steps=1).comments)
+
+
+def test_what_was_applied_stands_in_the_text_unless_that_is_off(start: Callable[..., Any]) -> None:
+    webui = start()
+    assert 'Locon: "tiny_lora at 1: ' in webui.generate("<lora:tiny_lora:1>", steps=1).infotext
+    set_option("locon_infotext", False)
+    assert "Locon: " not in webui.generate("<lora:tiny_lora:1>", steps=1).infotext
+
+
+def test_hashes_stand_in_the_text_and_on_the_card(start: Callable[..., Any], folder: Path) -> None:
+    save_file(load_file(folder / "tiny_lora.safetensors"), folder / "liar.safetensors", {"sshs_model_hash": "f" * 64})
+    content = (folder / "liar.safetensors").read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    webui = start()
+
+    def card() -> tuple[str, bool]:
+        with webui.pages() as (page,):
+            item = next(item for item in page.list_items() if item["name"] == "liar")
+        return item["shorthash"], digest in item["search_terms"]
+
+    assert card() == ("", False)  # not what the file says of itself
+    assert f'Lora hashes: "liar: {digest[:12]}"' in webui.generate("<lora:liar:1>", steps=1).infotext
+    assert card() == (digest[:12], True)
+    set_option("lora_add_hashes_to_infotext", False)
+    assert "Lora hashes" not in webui.generate("<lora:liar:1>", steps=1).infotext
+
+
 # ---- what stands in the host's file may be anything
 
 
@@ -297,3 +391,12 @@ def test_every_setting_reads_its_own_default() -> None:
     for setting in (*SETTINGS, *BUILTIN_SETTINGS):
         assert setting.read(setting.default) == setting.default
         assert type(setting.read(setting.default)) is type(setting.default)
+
+
+def test_the_documentation_has_every_setting_and_its_default() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "settings.md").read_text(encoding="utf8")
+    for setting in SETTINGS:
+        default = {True: "on", False: "off", "": ""}.get(setting.default, f"`{setting.default}`")  # type: ignore[arg-type]
+        assert f"| `{setting.key}` | {default} |".replace("|  |", "| |") in text
+        assert all(f"`{choice}`" in text for choice in setting.choices)
+    assert all(f"| `{setting.key}` | " in text for setting in BUILTIN_SETTINGS)

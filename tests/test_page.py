@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import ones
 
+from extensions_builtin_shim.app import App
 from extensions_builtin_shim.launch import ADAPTERS, CHECKOUT, launch
 
 FILES = CHECKOUT / "extensions_builtin_shim" / "page" / "files"
@@ -64,7 +65,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     (folder / "secret.txt").write_text("secret")
     words = {"description": HTML, "activation text": 'glow "x" \\ </script>', "preferred weight": 0.7}
     (folder / f"{ONE}.json").write_text(json.dumps({**words, "negative text": "ugly"}))
-    with launch(lora_dir=folder) as webui:
+    with launch(lora_dir=folder, make_app=App) as webui:
         from extensions_builtin_shim.page import Server
 
         server = Server(webui, 0)
@@ -102,7 +103,8 @@ def added(served: Client) -> list[str]:
 def test_scripts_and_styles_of_the_extension(served: Client) -> None:
     """Fact: "`.mjs` are served as modules, each also as its own `<script>` tag." """
     root = "/file=extensions/sd-webui-locon"
-    assert added(served) == [f"{root}/javascript/locon.mjs", f"{root}/javascript/locon_tags.mjs", f"{root}/style.css"]
+    scripts = ("locon", "locon_completion", "locon_tags", "locon_texts")
+    assert added(served) == [*(f"{root}/javascript/{name}.mjs" for name in scripts), f"{root}/style.css"]
     for other in ("/install.py", "/javascript/../install.py", "/../../etc/passwd", ""):
         assert served.raw("GET", root + other)[0] == 404
 

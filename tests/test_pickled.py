@@ -22,6 +22,7 @@ import lib_locon
 from lib_locon.errors import FileError
 from lib_locon.files import pickled
 from lib_locon.library import Library
+from tests.conftest import TORCH
 from tests.fuzz_files import limited
 
 if TYPE_CHECKING:
@@ -140,6 +141,8 @@ def test_the_header_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.float8_e4m3fn])
 def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    if dtype.itemsize == 1 and dtype.is_floating_point and TORCH < (2, 2):
+        pytest.skip("torch before 2.2 writes no fp8")
     path = save(tmp_path / "a.pt", {key: tensor.to(dtype) for key, tensor in factors().items()})
     (layer,) = lib_locon.load(path, allow_pickle=True).modules[0].layers
     assert [tensor.dtype for tensor in layer.tensors().values()] == [dtype, dtype]

@@ -21,6 +21,7 @@ originals = lora_patches.LoraPatches()
 extra_network_lora = LoconNetwork()
 
 list_available_networks = legacy.files.refresh
+update_available_networks_by_names = legacy.look_for
 load_networks = legacy.load_networks
 network_apply_weights = legacy.apply_weights
 network_forward = legacy.forward
@@ -29,10 +30,17 @@ network_reset_cached_weight = legacy.reset_cached_weight
 assign_network_names_to_compvis_modules = name_layers
 
 
+def purge_networks_from_memory() -> None:
+    """Nothing to do: how many adapters stay in memory is looked after with each image."""
+
+
 def _forward(kind: str) -> Any:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(originals, f"{kind}_forward")
+        if len(args) == 1 and not kwargs:
+            return network_forward(self, args[0], own)
         network_apply_weights(self)
-        return getattr(originals, f"{kind}_forward")(self, *args, **kwargs)
+        return own(self, *args, **kwargs)
 
     return forward
 
@@ -42,3 +50,17 @@ network_Conv2d_forward = _forward("Conv2d")  # noqa: N816
 network_GroupNorm_forward = _forward("GroupNorm")  # noqa: N816
 network_LayerNorm_forward = _forward("LayerNorm")  # noqa: N816
 network_MultiheadAttention_forward = _forward("MultiheadAttention")  # noqa: N816
+
+
+def _load_state_dict(kind: str) -> Any:
+    def load(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return getattr(originals, f"{kind}_load_state_dict")(self, *args, **kwargs)
+
+    return load
+
+
+network_Linear_load_state_dict = _load_state_dict("Linear")  # noqa: N816
+network_Conv2d_load_state_dict = _load_state_dict("Conv2d")  # noqa: N816
+network_GroupNorm_load_state_dict = _load_state_dict("GroupNorm")  # noqa: N816
+network_LayerNorm_load_state_dict = _load_state_dict("LayerNorm")  # noqa: N816
+network_MultiheadAttention_load_state_dict = _load_state_dict("MultiheadAttention")  # noqa: N816

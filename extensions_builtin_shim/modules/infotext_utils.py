@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 
-from . import script_callbacks
+from . import script_callbacks, shared
 from ._absent import absent
 
 __getattr__ = absent(__name__)
@@ -27,6 +28,13 @@ def parse_generation_parameters(x: str) -> dict[str, str]:
         negative[0] = negative[0].removeprefix(_NEGATIVE).strip()
     fields = {name: _unquoted(value.strip()) for name, value in found}
     return {**fields, "Prompt": "\n".join(line.strip() for line in lines[:start]), _NEGATIVE[:-1]: "\n".join(negative)}
+
+
+def get_override_settings(params: Mapping[str, str]) -> list[tuple[str, str, object]]:
+    """(name in the text, setting, value) of the settings that a text asks for and that are another one now."""
+    asked = [(info.infotext, key) for key, info in shared.opts.data_labels.items() if info.infotext in params]
+    found = [(name, key, shared.opts.cast_value(key, params[name])) for name, key in asked]
+    return [(name, key, value) for name, key, value in found if value != getattr(shared.opts, key)]
 
 
 def paste_fields(text: str) -> dict[str, str]:

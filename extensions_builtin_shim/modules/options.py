@@ -22,6 +22,8 @@ class OptionInfo:
     section: tuple[str, str] | None = None
     refresh: Callable[[], object] | None = None
     comment_after: str = ""
+    infotext: str | None = None
+    """Its name in images' texts; a pasted text that has it asks for the setting."""
 
     def info(self, text: str) -> OptionInfo:
         """Adds an explanation behind the label."""
@@ -52,6 +54,11 @@ class Options:
         if info.onchange is not None:
             info.onchange()
         return True
+
+    def cast_value(self, key: str, value: object) -> object:
+        """A text of a pasted image in the setting's type."""
+        kind = type(self.data_labels[key].default)
+        return False if kind is bool and value == "False" else kind(value)
 
     def values(self) -> dict[str, object]:
         """All settings as they are now. The stand-in's own."""

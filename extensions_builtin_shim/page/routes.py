@@ -85,7 +85,8 @@ def extension_file(path: str) -> Answer | None:
 def options(webui: Webui, fields: Fields) -> Answer:
     """The settings that the scripts of a page read as `opts`."""
     del webui, fields
-    return Answer.json({key: value for key, value in shared.opts.values().items() if key.startswith("extra_networks_")})
+    values = shared.opts.values().items()
+    return Answer.json({key: value for key, value in values if key.startswith(("extra_networks_", "locon_"))})
 
 
 def cards(webui: Webui, fields: Fields) -> Answer:

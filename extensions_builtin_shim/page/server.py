@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from modules import errors
 
+from extensions_builtin_shim.app import App
 from extensions_builtin_shim.limits import BadRequest
 from extensions_builtin_shim.page.routes import ROUTES, Answer, NotFound, extension_file
 from extensions_builtin_shim.webui import Webui
@@ -98,11 +99,24 @@ class Handler(BaseHTTPRequestHandler):
         if file is not None and method == "GET":
             return file
         if url.path not in ROUTES:
-            raise Refused(HTTPStatus.NOT_FOUND, f"there is nothing at {url.path}")
+            return self._of_extension(method, unquote(url.path), url.query)
         wanted, route = ROUTES[url.path]
         if wanted != method:
             raise Refused(HTTPStatus.METHOD_NOT_ALLOWED, f"{url.path} is for {wanted} requests")
         return route(self.server.webui, self._body() if method == "POST" else dict(parse_qsl(url.query)))
+
+    def _of_extension(self, method: str, path: str, query: str) -> Answer:
+        """What stands at an address that an extension added."""
+        app, body = self.server.webui.app, b""
+        if method == "POST":
+            body = json.dumps(self._body()).encode()
+        found = app.answer(method, path, query, body) if isinstance(app, App) else None
+        if found is None:
+            raise Refused(HTTPStatus.NOT_FOUND, f"there is nothing at {path}")
+        status, content, kind = found
+        if status != HTTPStatus.OK:
+            raise Refused(HTTPStatus(status), json.loads(content)["error"])
+        return Answer(content, kind)
 
     def _check_sender(self) -> None:
         """Another site's name may be made to point to 127.0.0.1, and its page then speaks to us as its own server."""

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -40,6 +40,12 @@ def _suffixes(kind: type[Any]) -> dict[str, str]:
 @cache
 def _specs(kind: type[Any]) -> dict[str, str]:
     return {field.metadata["suffix"]: field.metadata["shape"] for field in dataclasses.fields(kind)}
+
+
+@lru_cache(maxsize=2000)
+def _bound(kind: type[Any], shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, int]:
+    # hundreds of modules of a file, and thousands of files, have the same few shapes
+    return bind(_specs(kind), dict(shapes))  # type: ignore[arg-type]
 
 
 @cache
@@ -98,7 +104,8 @@ class Family:
 
     def sizes(self) -> dict[str, int]:
         """Axis name → size, over all factors. Raises ShapeError where they contradict each other."""
-        return bind(self.specs(), {suffix: tuple(tensor.shape) for suffix, tensor in self.tensors().items()})
+        shapes = ((suffix, tuple(tensor.shape)) for suffix, tensor in self.tensors().items())
+        return dict(_bound(type(self), tuple(shapes)))  # type: ignore[arg-type]  # as above
 
     @property
     def label(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -75,10 +76,7 @@ def _next_family(left: Mapping[str, Tensor]) -> tuple[Family | type[Family], lis
     A class instead of an instance: the tensors can only be of this kind, but their shapes are wrong.
     """
     failed: tuple[type[Family], list[str], str] | None = None
-    for kind in FAMILIES:
-        if kind.missing(left):
-            continue
-        own = [suffix for suffix in kind.suffixes() if suffix in left]
+    for kind, own in _kinds(tuple(left)):
         if failed is not None and not set(own) & (set(failed[1]) - {ALPHA}):
             continue
         try:
@@ -86,6 +84,16 @@ def _next_family(left: Mapping[str, Tensor]) -> tuple[Family | type[Family], lis
         except ShapeError as error:
             failed = failed or (kind, own, str(error))
     return failed
+
+
+@lru_cache(maxsize=500)
+def _kinds(present: tuple[str, ...]) -> list[tuple[type[Family], list[str]]]:
+    """The families that these suffixes are enough for, each with those of them that are its own."""
+    return [
+        (kind, [suffix for suffix in kind.suffixes() if suffix in present])
+        for kind in FAMILIES
+        if not kind.missing(present)
+    ]
 
 
 def _layer(family: Family, before: list[Layer], hints: Hints) -> Layer:

@@ -27,6 +27,7 @@ STRIP = 128  # rows at a time
 class DoRALayer(Layer):
     """`magnitude` has one number for each row (`on_output`) or column of the weight."""
 
+    plain: ClassVar[bool] = False
     EPSILON: ClassVar[float] = torch.finfo(torch.float32).eps
     magnitude: Tensor
     on_output: bool

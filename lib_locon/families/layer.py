@@ -6,17 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import exact_arithmetic, matrix, working_dtype
+from lib_locon.arithmetic import exact_arithmetic, has_products, matrix, rounded_product, working_dtype
+from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder, Family
 
 LowRank: TypeAlias = tuple[Tensor, Tensor, float]
 ORDINARY = 2.0**16
 """Beyond any number of fp16. The longest chain of products (Tucker, rank 4096) of numbers up to here fits in fp32."""
+_WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that torch has products for, nearly everywhere."""
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -30,6 +33,8 @@ class Layer:
     """alpha / rank, fixed when the layer is made: a truncated rank keeps the scale of the whole one."""
     note: str = ""
     """What the user should know of how it was read, where the file left a choice."""
+    plain: ClassVar[bool] = True
+    """Whether ΔW is that of the family, times the scale, and nothing else."""
     reshape: tuple[int, ...] = ()
     """The shape that the weight must have first, zeros added at the end of its axes; empty: as it is (Flux tools)."""
 
@@ -110,6 +115,32 @@ class Layer:
         """`(up, down, scale)` with ΔW = scale · up · down, as stored, on `device`; None where ΔW is no such product."""
         factors = self._on(device).low_rank()
         return None if factors is None else (*factors, self.scale)
+
+    def unscaled(self, weight: Tensor) -> tuple[Tensor, float] | None:
+        """(D, scale) with ΔW = scale · D, made as the webui's built-in Lora makes it, each product rounded.
+
+        That one holds the factors of a product in the dtype that it works in, which the weights are in, and all others
+        in the file's. The products are torch's own: on the CPU they differ from the engine's in the last bit.
+        """
+        factors = self.low_rank(weight.device)
+        if factors is not None:
+            up, down, scale = factors
+            return rounded_product(up.to(weight.dtype), down.to(weight.dtype)).reshape(weight.shape), scale
+        if not self.plain:
+            return None
+        family = self._on(weight.device)
+        numbers = {tensor.dtype for tensor in family.tensors().values() if tensor.dtype in _WIDTHS}
+        stored = numbers.pop() if len(numbers) == 1 else working_dtype(weight)
+        result = torch.promote_types(stored, weight.dtype) if self.needs_base else stored
+        # with the base in fp32, and then rounded: an inverse or a norm in fp16 would be noise
+        if self.needs_base or not has_products(stored, weight.device.type):
+            wide = working_dtype(weight)
+            change = family.to(weight.device, wide).delta(weight.to(wide)).to(result)
+        else:
+            change = family.delta(weight.to(stored))
+        if change.shape != weight.shape:  # torch would stretch it to fit
+            raise ShapeError(f"ΔW has the shape {tuple(change.shape)}, its weight {tuple(weight.shape)}")
+        return change, self.scale
 
     def release(self) -> None:
         """Forgets what was moved to other devices."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lib_locon.families.layer import Layer, LowRank
 class RowsLayer(Layer):
     """Rows `start` to `start + length` of ΔW, whose whole shape is `whole`. For families that do not need the base."""
 
+    plain: ClassVar[bool] = False
     whole: tuple[int, ...]
     start: int
     length: int

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lib_locon.errors import FileError
@@ -18,7 +21,7 @@ from lib_locon.files.embeddings import PREFIX, Embedding, read_embeddings
 from lib_locon.files.hints import dora_side, rank_of
 from lib_locon.files.peft_config import PeftConfig, read_config
 from lib_locon.files.pickled import TensorFile, open_adapter
-from lib_locon.files.reader import FileIdentity, shown
+from lib_locon.files.reader import FileIdentity, SafetensorsFile, shown
 
 MAX_AXES = 5  # of a weight: out, in, and a kernel of three
 
@@ -138,7 +141,7 @@ def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
     if name.dialect.rejected:
         return Module(name, (), (Unmatched(written, name.dialect.rejected),))
     keys, clashes = _renamed(keys, name.dialect.renames)
-    tensors = {suffix: source.tensor(key) for suffix, key in keys.items() if suffix not in (ALPHA, SCALE, RESHAPE)}
+    factors = {suffix: key for suffix, key in keys.items() if suffix not in (ALPHA, SCALE, RESHAPE)}
     unread: list[Unread] = []
     numbers: dict[str, float] = {}
     for suffix in (ALPHA, SCALE):
@@ -148,21 +151,36 @@ def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
                 unread.append(Unread(suffix, "it must be one number"))
             else:
                 numbers[suffix] = number
-    if not tensors and SCALE in numbers:
+    if not factors and SCALE in numbers:
         unread.append(Unread(SCALE, "a scale without factors"))
     if SCALE in numbers:  # the built-in's rule: a written scale wins over alpha / rank
         hints = replace(source.hints, scale=numbers[SCALE])
     else:
-        scale = None if ALPHA in numbers else source.config.scale(written, rank_of(tensors))
+        shapes = {suffix: source.file.entries[key].shape for suffix, key in factors.items()}
+        scale = None if ALPHA in numbers else source.config.scale(written, rank_of(shapes))
         hints = replace(source.hints, alpha=numbers.get(ALPHA), scale=scale)
     if RESHAPE in keys:
         hints = replace(hints, reshape=source.shape(keys[RESHAPE]))
         if not hints.reshape:
             unread.append(Unread(RESHAPE, "it must be the sizes of a weight"))
-    markers = source.config.markers(written) if tensors else {}
-    layers, left = build_layers({**tensors, **markers}, hints)
+    markers = source.config.markers(written) if factors else {}
+    if source.header_only and isinstance(source.file, SafetensorsFile) and not markers:
+        entries = ((suffix, source.file.entries[key]) for suffix, key in factors.items())
+        known, left = _layers_of_shapes(tuple((s, entry.torch_dtype, entry.shape) for s, entry in entries), hints)
+        layers = list(map(copy, known))  # two modules' layers are two layers
+    else:
+        layers, left = build_layers({suffix: source.tensor(key) for suffix, key in factors.items()} | markers, hints)
     mine = (Unmatched(keys[item.suffix], item.reason) for item in (*unread, *left) if item.suffix in keys)
     return Module(name, tuple(layers), (*clashes, *mine))
+
+
+@lru_cache(maxsize=1000)  # hundreds of modules differ in nothing but their names
+def _layers_of_shapes(
+    factors: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...], hints: Hints
+) -> tuple[list[Layer], list[Unread]]:
+    return build_layers(
+        {suffix: torch.empty(shape, dtype=dtype, device="meta") for suffix, dtype, shape in factors}, hints
+    )
 
 
 def _renamed(keys: Mapping[str, str], renames: Mapping[str, str]) -> tuple[dict[str, str], list[Unmatched]]:

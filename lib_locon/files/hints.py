@@ -26,9 +26,9 @@ def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hint
     return Hints()
 
 
-def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
-    """The rank by the `down` side, for a configuration that has an alpha and no rank."""
+def rank_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The rank by the `down` side (suffix → shape), for a configuration that has an alpha and no rank."""
     for suffix in ("lora_down.weight", "lora_embedding_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if suffix in tensors and tensors[suffix].ndim:
-            return int(tensors[suffix].shape[0])
+        if shapes.get(suffix):
+            return shapes[suffix][0]
     return None

@@ -167,7 +167,7 @@ def _check_program(path: Path, pickled: bytes) -> None:
 
 def _load(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)  # torch 2.1: no Path there
     except Exception as error:  # whatever a broken archive makes torch raise; its texts advise to go on without care
         raise FileError(f"{path} is damaged: torch cannot read its tensors ({type(error).__name__})") from error
 

@@ -18,15 +18,18 @@ from lib_locon.hosts.rivals import Rivals
 from lib_locon.hosts.services import Services
 from lib_locon.hosts.webui import Webui, log
 from lib_locon.library import Library
+from lib_locon.patching.rounding import rounding_named
 from lib_locon.report import Report
 from lib_locon.settings import (
     ALLOW_PICKLE,
     BASE_STORE,
     BUNDLED_TI,
+    COMMENTS,
     FREE_UNUSED,
     FUNCTIONAL,
     IN_MEMORY,
     PRESETS,
+    ROUNDING,
     SIDE_PATH,
     WARN_IN_CONSOLE,
 )
@@ -102,8 +105,10 @@ def _settings() -> None:
     library()
     _webui.side_path = bool(value(SIDE_PATH) or value(FUNCTIONAL))
     _webui.base_store = str(value(BASE_STORE))
+    _webui.rounding = rounding_named(str(value(ROUNDING)))
     _webui.free_unused = bool(value(FREE_UNUSED))
     _webui.embeddings.in_infotext = bool(value(BUNDLED_TI))
+    _webui.comments = str(value(COMMENTS))
     _webui.warn_of_missing = bool(value(WARN_IN_CONSOLE))
     _webui.cache.keep(number(IN_MEMORY))
     _webui.use_presets(str(value(PRESETS)))
@@ -141,7 +146,9 @@ def library() -> Library:
 
 
 _services = Services(_webui, library, _settings, _checkpoint)
-legacy = Legacy(_webui, library, _model)
+cards = _services.cards.cards
+"""The adapters' cards, with what is known of their files."""
+legacy = Legacy(_webui, library, _model, _services.known_hash)
 """What stands behind the names of the built-in's that other extensions use."""
 _rivals = Rivals(LoconNetwork, _webui.release)
 _places = takeover.Places(_webui.loaded, legacy.functions(), LoconNetwork)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from urllib.parse import quote
 from modules import sd_models, shared, ui_extra_networks
 from torch import nn
 
-from lib_locon.cards import KNOWN_BASES, Card, Cards, fits, read_user_metadata
+from lib_locon.cards import Card, Cards, fits
 from lib_locon.facts import Facts, FactsIndex, FileMetadata
+from lib_locon.files.reader import FileIdentity
+from lib_locon.hosts.cards_shown import badges, with_notes
 from lib_locon.hosts.options import value
 from lib_locon.index import DiskTable, facts_table
 from lib_locon.library import Library
 from lib_locon.models.base_family import model_family
 from lib_locon.session import Session
 from lib_locon.settings import FILENAME, HIDE_UNKNOWN, PREFERRED_NAME, SHOW_ALL
+from lib_locon.user_metadata import KNOWN_BASES, read_user_metadata
 
 NAME = "lora"
 _FAMILIES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -42,14 +45,16 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
 
     def list_items(self) -> Iterator[dict[str, Any]]:
         """One item per adapter, those that do not fit the loaded model too: they are hidden by a style, not left out"""
-        model = _model_family()
-        for index, card in enumerate(self._cards().all(prefer_alias=_prefers_alias())):
+        model = loaded_family()
+        for index, card in enumerate(self._cards().all(prefer_alias=prefers_alias())):
             yield self._item(card, index, model)
 
     def create_item(self, name: str, index: int | None = None, enable_filter: bool = True) -> dict[str, Any] | None:
-        """One item anew, for instance after its metadata was edited."""
-        card = self._cards().find(name, prefer_alias=_prefers_alias())
-        return None if card is None else self._item(card, index or 0, _model_family() if enable_filter else "")
+        """One item anew, for instance after its metadata was edited; it keeps its place among the others."""
+        del enable_filter  # what does not fit is there too, and hidden by a style
+        card, known = self.card(name), self.items.get(name)
+        place = index if index is not None or known is None else known["sort_keys"]["default"]
+        return None if card is None else self._item(card, place or 0, loaded_family())
 
     def allowed_directories_for_previews(self) -> list[str]:
         """Whose files the host may send to a browser, pictures only."""
@@ -70,7 +75,7 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
             return values  # hidden by the host's own setting
         about = item["locon"]
         values["copy_path_button"] = self.btn_copy_path_tpl.format(filename=escape(item["filename"]))
-        values["background_image"] += _badges(about)
+        values["background_image"] += badges(about)
         values["sort_keys"] += f' data-locon-names="{escape(json.dumps(about["names"]))}"'
         values["sort_keys"] += " data-locon-hidden" if about["hidden"] else ""
         return values if template is None else template.format(**values)
@@ -90,14 +95,35 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
         """The whole page, with a line about what is not shown."""
         html: str = super().create_html(tabname, empty=empty)
         abouts = [item["locon"] for item in self.items.values()]
-        return f'<div class="locon-page">{_notes(abouts)}{html}</div>' if abouts else html
+        return with_notes(html, abouts, loaded_family()) if abouts else html
 
     def create_user_metadata_editor(self, ui: Any, tabname: str) -> Any:
-        """The built-in's editor where the built-in is there, else the host's plain one."""
-        builtin = sys.modules.get("ui_edit_user_metadata")
-        if builtin is not None:
-            return builtin.LoraUserMetadataEditor(ui, tabname, self)
-        return super().create_user_metadata_editor(ui, tabname)
+        """Ours, whether the built-in and its editor are there or not. Called where the host builds its page."""
+        from lib_locon.hosts.metadata_editor import MetadataEditor  # it needs gradio, which a host without a page lacks
+
+        del ui
+        return MetadataEditor(tabname, self)
+
+    def card(self, name: str) -> Card | None:
+        """The card of that name, with what is in the file and beside it now."""
+        return self._cards().find(name, prefer_alias=prefers_alias())
+
+    def metadata_of(self, card: Card) -> Mapping[str, Any]:
+        """What stands in the file itself."""
+        return FileMetadata(card.identity, allow_pickle=self._library().allow_pickle)
+
+    def preview(self, card: Card) -> str | None:
+        """The address of the card's picture, beside the file or in it."""
+        if card.preview is not None:
+            link: str = self.link_preview(os.path.abspath(card.preview))  # noqa: PTH100
+            return link
+        if card.facts is not None and card.facts.has_cover:
+            return f"./sd_extra_networks/cover-images?page={self.extra_networks_tabname}&item={quote(card.name)}"
+        return None
+
+    def preview_file(self, card: Card) -> str:
+        """Where a new picture for the card goes."""
+        return f"{Path(os.path.abspath(card.path)).with_suffix('')}.{shared.opts.samples_format}"  # noqa: PTH100
 
     def read_ahead(self) -> None:
         """Begins to read the headers: the host lists the cards once, for the first browser, and then when asked to."""
@@ -109,12 +135,12 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
         item = {
             "name": card.name,
             "filename": filename,
-            "shorthash": facts.hash[:12],
-            "preview": self._preview(card, facts),
+            "shorthash": card.hash[:12],
+            "preview": self.preview(card),
             "description": card.user.description or self.find_description(plain),
             "search_terms": [self.search_terms_from_path(filename), *card.search_terms],
-            "local_preview": f"{plain}.{shared.opts.samples_format}",
-            "metadata": _metadata(card, self._library()) if facts.has_metadata else {},
+            "local_preview": self.preview_file(card),
+            "metadata": self.metadata_of(card) if facts.has_metadata else {},
             "sort_keys": {"default": index, **card.sort_keys},
             "sd_version": card.base if card.base in KNOWN_BASES else "Unknown",
             "user_metadata": dict(card.user.raw),
@@ -122,14 +148,6 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
             "negative_prompt": json.dumps(f"({card.user.negative_text}:1)" if card.user.negative_text else ""),
         }
         return {**item, "locon": _about(card, model)}
-
-    def _preview(self, card: Card, facts: Facts) -> str | None:
-        if card.preview is not None:
-            link: str = self.link_preview(os.path.abspath(card.preview))  # noqa: PTH100
-            return link
-        if facts.has_cover:
-            return f"./sd_extra_networks/cover-images?page={self.extra_networks_tabname}&item={quote(card.name)}"
-        return None
 
 
 class _Escaped(str):
@@ -142,15 +160,22 @@ class _Escaped(str):
 
 
 class Registration:
-    """Our page among the host's. `library` is handed to it; `index` gives the file that facts are kept in."""
+    """Our page among the host's. `library` is handed to it; `index` gives the file that facts are kept in.
 
-    def __init__(self, library: Callable[[], Library], index: Callable[[], Path]) -> None:
+    `hash_of` gives the hashes that were computed so far.
+    """
+
+    def __init__(
+        self, library: Callable[[], Library], index: Callable[[], Path], hash_of: Callable[[FileIdentity], str]
+    ) -> None:
         self._library = library
+        self._hash_of = hash_of
         self._index_file = index
         self._index: FactsIndex | None = None
         self._table: DiskTable[Facts] | None = None
         self._page: CardsPage | None = None
         self._displaced: Any = None
+        self._lock = threading.Lock()
 
     def take_over(self) -> None:
         """Puts our page where the built-in's stands, or behind the others. To be called in `ui_settings`.
@@ -174,11 +199,12 @@ class Registration:
     def cards(self) -> Cards:
         """The cards, with what is known of their files."""
         library = self._library()
-        if self._index is None or self._index.allow_pickle != library.allow_pickle:
-            self._close()
-            self._table = facts_table(self._index_file(), allow_pickle=library.allow_pickle)
-            self._index = FactsIndex(self._table, allow_pickle=library.allow_pickle, rested=self._table.flush)
-        return Cards(library, self._index)
+        with self._lock:  # the page and programs ask from threads of their own: two tables would write one file
+            if self._index is None or self._index.allow_pickle != library.allow_pickle:
+                self._close()
+                self._table = facts_table(self._index_file(), allow_pickle=library.allow_pickle)
+                self._index = FactsIndex(self._table, allow_pickle=library.allow_pickle, rested=self._table.flush)
+            return Cards(library, self._index, hash_of=self._hash_of)
 
     def _close(self) -> None:
         if self._index is not None and self._table is not None:
@@ -198,7 +224,8 @@ class Registration:
             if known is self._page:
                 pages[place : place + 1] = [] if self._displaced is None else [self._displaced]
         self._page = self._displaced = None
-        self._close()
+        with self._lock:
+            self._close()
 
 
 def _prompt(card: Card) -> str:
@@ -235,41 +262,12 @@ def _about(card: Card, model: str) -> dict[str, Any]:
     }
 
 
-def _badges(about: dict[str, Any]) -> str:
-    badges = [about["family"], f"rank {about['rank']}" if about["rank"] else "", about["base"]]
-    html = "".join(f'<span class="locon-badge">{escape(badge)}</span>' for badge in badges if badge)
-    if about["problem"]:
-        what = "does not fit" if about["fits"] is False else "cannot be used"
-        html += f'<span class="locon-badge locon-problem" title="{escape(about["problem"])}">{what}</span>'
-    elif about["unread"]:
-        why = f"{about['unread']} keys of the file are not understood; all others are used"
-        html += f'<span class="locon-badge locon-warning" title="{escape(why)}">{about["unread"]} keys unknown</span>'
-    elif about["waiting"]:
-        html += '<span class="locon-badge">being read…</span>'
-    return f'<div class="locon-badges">{html}</div>'
-
-
-def _notes(abouts: list[dict[str, Any]]) -> str:
-    hidden, waiting = (sum(about[key] for about in abouts) for key in ("hidden", "waiting"))
-    parts = []
-    if hidden:
-        what = "1 adapter for another model is" if hidden == 1 else f"{hidden} adapters for other models are"
-        parts.append(f'{what} hidden. <button type="button" class="locon-show-hidden">Show</button>')
-    if waiting:
-        what = "1 file is" if waiting == 1 else f"{waiting} files are"
-        parts.append(f"{what} being read in the background; refresh to see more about them.")
-    return f'<p class="locon-notes">{" ".join(parts)}</p>' if parts else ""
-
-
-def _metadata(card: Card, library: Library) -> FileMetadata:
-    return FileMetadata(card.identity, allow_pickle=library.allow_pickle)
-
-
-def _prefers_alias() -> bool:
+def prefers_alias() -> bool:
+    """Whether a click on a card writes the name that the trainer gave it."""
     return value(PREFERRED_NAME) != FILENAME
 
 
-def _model_family() -> str:
+def loaded_family() -> str:
     """What the loaded model is; "" where none is loaded: `shared.sd_model` would load one, for a list of cards."""
     model = sd_models.model_data.sd_model
     if model is None:

@@ -3,60 +3,44 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib_locon.errors import FileError, UnknownName
+from lib_locon.errors import LoconError
 from lib_locon.files.background import Background
-from lib_locon.files.hashes import body_hash
 from lib_locon.files.reader import FileIdentity
-from lib_locon.library import Entry, Library
+from lib_locon.hosts.search import SECONDS, Search
+from lib_locon.library import Entry
 from lib_locon.report import Report
 from lib_locon.session import Use
 
 HASHES, APPLIED, APPLIED_HIRES = "Lora hashes", "Locon", "Locon hires"
+NOTHING = "no adapter"
 SHORT = 12
 """Digits of a hash in an image."""
 PATIENCE = 1.0
 """Seconds that an image waits for hashes before its first step; what comes later is added at one of its steps."""
-SEARCH = 5.0
-"""Seconds that pasting may take to read files whose hash is not known yet."""
+MOST_NAMES = 100
+"""Of one pasted text. Each may be a search among all names of a large collection."""
 _MARKS = str.maketrans("", "", ":,")
 _TAG = re.compile(r"<(lora|lyco):([^:>]+)")
 _PROMPTS = ("Prompt", "Hires prompt")
-_HASH = re.compile(r"[0-9a-f]{8,64}")
-
-
-class Hashes(Background[str]):
-    """Hashes by file identity, computed in a thread: one file's can take seconds. "" for a file that cannot be read."""
-
-    def __init__(
-        self, store: MutableMapping[FileIdentity, str] | None = None, rested: Callable[[], object] = lambda: None
-    ) -> None:
-        super().__init__(_hash, store, rested, "locon-hashes")
-
-
-def _hash(identity: FileIdentity) -> str:
-    try:
-        return body_hash(identity)
-    except FileError:
-        return ""
+_HASH = re.compile(rf"[0-9a-f]{{{SHORT},64}}")
 
 
 @dataclass
 class _Pass:
-    """What one pass of a job uses: the name in the tag → its file, and a line about all."""
+    """What one pass of a job uses: the names in its tags with their files, each once, and a line about all."""
 
-    files: dict[str, FileIdentity] = field(default_factory=dict)
+    files: dict[tuple[str, FileIdentity], None] = field(default_factory=dict)
     applied: str = ""
 
 
 class Infotext:
     """Writes into the job's `extra_generation_params`, which the host puts into each image."""
 
-    def __init__(self, hashes: Callable[[], Hashes]) -> None:
+    def __init__(self, hashes: Callable[[], Background[str]]) -> None:
         self._hashes = hashes
         self._unfinished: Any = None
         """The job whose hashes are not all there yet."""
@@ -65,13 +49,14 @@ class Infotext:
         """Says what a pass uses, in the place of what was said of that pass before."""
         if not isinstance(getattr(p, "extra_generation_params", None), dict):
             return  # no job: the host has nothing to write it into
-        files = {use.name.translate(_MARKS): use.adapter.identity for use in uses if use.name} if hashes else {}
+        named = [(use.name.translate(_MARKS), use.adapter.identity) for use in uses if hashes]
+        files = dict.fromkeys((name, file) for name, file in named if name)
         passes = {**getattr(p, "locon_passes", {}), hires: _Pass(files, _applied(report) if applied else "")}
         p.locon_passes = passes
-        first, second = (passes.get(each, _Pass()).applied for each in (False, True))
+        first, second = (passes[each].applied if each in passes else "" for each in (False, True))
         _put(p, APPLIED, first)
-        _put(p, APPLIED_HIRES, second if second != first else "")
-        self._hashes().read(files.values(), PATIENCE)
+        _put(p, APPLIED_HIRES, (second or NOTHING) if True in passes and second != first else "")
+        self._hashes().read([file for _, file in files], PATIENCE)
         self._unfinished = None if self._put_hashes(p) else p
 
     def fill(self) -> None:
@@ -81,10 +66,11 @@ class Infotext:
 
     def _put_hashes(self, p: Any) -> bool:
         """Whether all of them are there."""
-        files = {name: file for each in p.locon_passes.values() for name, file in each.files.items()}
-        known = {name: self._hashes().known(file) for name, file in files.items()}
-        _put(p, HASHES, ", ".join(f"{name}: {digest[:SHORT]}" for name, digest in known.items() if digest))
-        return None not in known.values()
+        # two names may be one without their marks: both are written, and whoever reads that knows that neither is sure
+        files = dict.fromkeys(pair for each in p.locon_passes.values() for pair in each.files)
+        known = [(name, self._hashes().known(file)) for name, file in files]
+        _put(p, HASHES, ", ".join(dict.fromkeys(f"{name}: {digest[:SHORT]}" for name, digest in known if digest)))
+        return all(digest is not None for _, digest in known)
 
 
 def _put(p: Any, key: str, text: str) -> None:
@@ -102,22 +88,20 @@ def _applied(report: Report) -> str:
 class Paste:
     """Gives the tags of a pasted text the names that the files have here."""
 
-    def __init__(self, library: Library, hashes: Hashes, claims: Callable[[FileIdentity], str]) -> None:
-        self._library = library
-        self._hashes = hashes
-        self._claims = claims
-        """What a file says of its own hash, if that is known: a hint where to look first, never a proof."""
-        self._deadline = time.monotonic() + SEARCH
+    def __init__(self, search: Search) -> None:
+        self._search = search
+        self._known: dict[str, Entry | None] = {}
         self.said: list[str] = []
         """What was changed, and what could not be."""
 
     def into(self, fields: MutableMapping[str, Any]) -> None:
         """Changes the prompts among the fields of a text.
 
-        A name that leads to a file here stays. Any other is looked up by the hash that the image has for it: computed
-        from the files, never what they say of themselves; where that leads to no file, or to several, it stays too.
+        A name that leads to the file that made the image stays. Any other becomes the name of the one file that has the
+        hash which stands in the image: computed from the files, never what they say of themselves. Where that leads to
+        no file, or to several, the name stays, and what is wrong is said.
         """
-        wanted = written_hashes(fields.get(HASHES))
+        wanted = dict(list(written_hashes(fields.get(HASHES)).items())[:MOST_NAMES])
         for key in _PROMPTS:
             text = fields.get(key)
             if isinstance(text, str) and wanted:
@@ -127,69 +111,56 @@ class Paste:
     def _tag(self, match: re.Match[str], wanted: Mapping[str, str]) -> str:
         name = match[2].strip()
         digest = wanted.get(name.translate(_MARKS))
-        try:
-            entry = self._library.find(name)
-        except UnknownName:
-            return match[0] if digest is None else f"<{match[1]}:{self._with_hash(name, digest)}"
-        if digest is not None and self._is_another(entry, digest):
-            self.said.append(f"the adapter {name!r} here is another file than the one that made the image")
-        return match[0]
+        if digest is None:
+            return match[0]
+        here = self._named(name)
+        found = self._search.body_of(here) if here is not None else ""
+        if here is not None and (not found or found.startswith(digest)):
+            return match[0]  # the right one, or there is no telling
+        what = f"the adapter {name!r} here is another file than the one that made the image" if here else ""
+        new = self._with_hash(name, digest, what or f"{name!r} is not here")
+        return match[0] if new == name else f"<{match[1]}:{new}"
 
-    def _is_another(self, entry: Entry, digest: str) -> bool:
-        found = self._hash(entry)
-        return bool(found) and not str(found).startswith(digest)
+    def _named(self, name: str) -> Entry | None:
+        if name not in self._known:
+            try:
+                self._known[name] = self._search.find(name)
+            except LoconError:
+                self._known[name] = None
+        return self._known[name]
 
-    def _with_hash(self, name: str, digest: str) -> str:
-        # those first that say so themselves: the right one is often found before many gigabytes are read
-        entries = sorted(self._library.entries, key=lambda entry: not self._claims_hash(entry, digest))
-        found = [entry for entry in entries if (self._hash(entry) or "").startswith(digest)]
+    def _with_hash(self, name: str, digest: str, what: str) -> str:
+        found, complete = self._search.with_body(digest)
         if len(found) == 1:
-            return self._renamed(name, found[0])
+            return self._renamed(name, found[0], what)
         if found:
             names = ", ".join(entry.name for entry in found)
-            self.said.append(f"{name!r} is not here, and several files have its hash: {names}. The tag stays as it is")
-        elif any(self._hash(entry) is None for entry in entries):
-            self.said.append(
-                f"{name!r} is not here; not all files could be searched for its hash in {SEARCH:g} seconds"
-            )
+            self.said.append(f"{what}, and several files have its hash: {names}. The tag stays as it is")
+        elif not complete:
+            self.said.append(f"{what}; not all files could be searched for its hash in {SECONDS:g} seconds")
         else:
-            self.said.append(f"{name!r} is not here, and no file has its hash")
+            self.said.append(f"{what}, and no file has its hash")
         return name
 
-    def _renamed(self, name: str, entry: Entry) -> str:
+    def _renamed(self, name: str, entry: Entry, what: str) -> str:
         new = next((word for word in (entry.stem, entry.name) if self._leads_to(word, entry)), None)
         if new is None or any(mark in new for mark in ":>"):
             self.said.append(f"{name!r} is {entry.name!r} here, a name that no tag can hold; the tag stays as it is")
             return name
-        self.said.append(f"{name!r} is called {new!r} here: it has the same hash")
+        self.said.append(f"{what}; the file with the same hash is {new!r}, which the tag names now")
         return new
 
     def _leads_to(self, word: str, entry: Entry) -> bool:
-        try:
-            return self._library.find(word) == entry
-        except UnknownName:
-            return False
-
-    def _hash(self, entry: Entry) -> str | None:
-        """None where there was no time for it; "" where it cannot be read."""
-        try:
-            identity = FileIdentity.of(entry.path)
-        except FileError:
-            return ""
-        seconds = self._deadline - time.monotonic()
-        if seconds > 0:  # later, only what is known: a whole collection must not be read because of one click
-            self._hashes.read([identity], seconds)
-        return self._hashes.known(identity)
-
-    def _claims_hash(self, entry: Entry, digest: str) -> bool:
-        try:
-            return self._claims(FileIdentity.of(entry.path)).startswith(digest)
-        except FileError:
-            return False
+        # what stands before a colon is a name; with spaces around it, the tag would name another
+        return word == word.strip() and self._named(word) == entry
 
 
 def written_hashes(text: object) -> dict[str, str]:
-    """Name → hash, from an image's `Lora hashes`."""
+    """Name → hash, from an image's `Lora hashes`. A name with two hashes says nothing."""
     pairs: Iterable[list[str]] = (part.rsplit(":", 1) for part in text.split(",")) if isinstance(text, str) else ()
-    found = {pair[0].strip(): pair[1].strip().lower() for pair in pairs if len(pair) == 2}
-    return {name: digest for name, digest in found.items() if name and _HASH.fullmatch(digest)}
+    found: dict[str, set[str]] = {}
+    for name, *rest in pairs:
+        digest = rest[0].strip().lower() if rest else ""
+        if name.strip() and _HASH.fullmatch(digest):
+            found.setdefault(name.strip(), set()).add(digest)
+    return {name: digests.pop() for name, digests in found.items() if len(digests) == 1}

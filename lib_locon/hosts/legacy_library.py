@@ -30,9 +30,11 @@ class SdVersion(enum.Enum):
 class NetworkOnDisk:
     """An adapter file. Its header is read when somebody asks for what stands there."""
 
-    def __init__(self, name: str, filename: str) -> None:
+    def __init__(self, name: str, filename: str, hash_of: Callable[[FileIdentity], str] = lambda _: "") -> None:
         self.name = name
         self.filename = filename
+        self._hash_of = hash_of
+        self._hash = ""
         self.is_safetensors = Path(filename).suffix.lower() == ".safetensors"
 
     @cached_property
@@ -48,10 +50,13 @@ class NetworkOnDisk:
         """The name that the trainer gave it, else the file's."""
         return str(self.metadata.get("ss_output_name") or self.name)
 
-    @cached_property
+    @property
     def hash(self) -> str:
-        """What the file claims, until `read_hash` computes it."""
-        return str(self.metadata.get("sshs_model_hash") or "")
+        """Computed, as `read_hash` or the first image with the file does; empty before: what it claims is no proof."""
+        try:
+            return self._hash or self._hash_of(FileIdentity.of(Path(self.filename)))
+        except LoconError:
+            return ""  # it went away
 
     @property
     def shorthash(self) -> str:
@@ -65,7 +70,7 @@ class NetworkOnDisk:
 
     def set_hash(self, value: str) -> None:
         """Somebody else computed it."""
-        self.hash = value
+        self._hash = value
 
     def read_hash(self) -> None:
         """Computes it from the file."""
@@ -73,7 +78,7 @@ class NetworkOnDisk:
             hashes = hashes_of(FileIdentity.of(Path(self.filename)))
         except LoconError:
             return
-        self.hash = hashes.body or hashes.file
+        self._hash = hashes.body or hashes.file
 
     def get_alias(self) -> str:
         """The name to write into a prompt."""
@@ -87,8 +92,9 @@ class NetworkOnDisk:
 class Files:
     """The library's files as objects, made once per listing of the folders."""
 
-    def __init__(self, library: Callable[[], Library]) -> None:
+    def __init__(self, library: Callable[[], Library], hash_of: Callable[[FileIdentity], str]) -> None:
         self._library = library
+        self._hash_of = hash_of
         self._entries: list[Entry] | None = None
         self._known: dict[Path, NetworkOnDisk] = {}
         self._names: dict[str, NetworkOnDisk] = {}
@@ -100,7 +106,7 @@ class Files:
         entries = self._library().entries
         if entries is not self._entries:
             known = {
-                entry.path: self._known.get(entry.path) or NetworkOnDisk(entry.stem, str(entry.path))
+                entry.path: self._known.get(entry.path) or NetworkOnDisk(entry.stem, str(entry.path), self._hash_of)
                 for entry in entries
             }
             self._known, self._entries = known, entries
@@ -134,7 +140,7 @@ class Files:
         return self._shared
 
     def by_hash(self) -> dict[str, NetworkOnDisk]:
-        """The first 12 digits of the hash → object, for files that have one."""
+        """The first 12 digits of the hash → object, for the files whose hash was computed."""
         return {file.shorthash: file for file in self.by_name().values() if file.shorthash}
 
     def refresh(self) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  torch's own name for it
 
 from lib_locon.matching import Matched
 from lib_locon.models.targets import View
@@ -53,6 +54,39 @@ class NetworkModule:
         """As the file has it."""
         return self._items[0].layer.alpha
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What some old files add to the weight besides."""
+        return self._tensors.get("bias")
+
+    @property
+    def scale(self) -> float | None:
+        """The file's own, in the place of alpha / rank."""
+        found = self._tensors.get("scale")
+        return None if found is None else float(found)
+
+    @property
+    def dora_scale(self) -> Tensor | None:
+        """Of a DoRA."""
+        return self._tensors.get("dora_scale")
+
+    @property
+    def dora_norm_dims(self) -> int:
+        """How many axes its norm goes over."""
+        return len(self.shape or (0,)) - 1
+
+    @property
+    def ops(self) -> Callable[..., Tensor] | None:
+        """What the model's layer does with a weight."""
+        kinds: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: F.linear, nn.Conv2d: F.conv2d}
+        return next((found for kind, found in kinds.items() if isinstance(self.sd_module, kind)), None)
+
+    @property
+    def extra_kwargs(self) -> dict[str, Any]:
+        """And how."""
+        layer = self.sd_module
+        return {"stride": layer.stride, "padding": layer.padding} if isinstance(layer, nn.Conv2d) else {}
+
     def calc_scale(self) -> float:
         """alpha / rank."""
         return self._items[0].layer.scale
@@ -71,19 +105,33 @@ class NetworkModule:
             None if bias is None else bias.delta(self.sd_module.bias.detach()) * strength,
         )
 
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y`, the layer's output for `x`, with what the adapter adds to it."""
+        if self.ops is None:
+            raise NotImplementedError(f"nothing runs beside a {type(self.sd_module).__name__}")
+        weight, bias = self.calc_updown(self.sd_module.weight.detach())
+        return y + self.ops(x, weight, bias, **self.extra_kwargs)
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {key: tensor for item in self._items for key, tensor in item.layer.tensors().items()}
+
     def __getattr__(self, name: str) -> Any:
-        suffix = type(self).factors.get(name)
-        tensors = {key: tensor for item in self._items for key, tensor in item.layer.tensors().items()}
+        suffix, tensors = type(self).factors.get(name), self._tensors
         if suffix is None:
             raise AttributeError(f"{self.network_key} of an adapter has no {name!r} here; it has {sorted(tensors)}")
         tensor = tensors.get(suffix)
         return tensor if tensor is None or not suffix.startswith("lora_") else _Holder(self, tensor)
 
     def __setattr__(self, name: str, value: object) -> None:
-        self._warn()
+        if name in type(self).factors:  # a note of somebody else's changes nothing
+            self._warn()
         object.__setattr__(self, name, value)
 
     def _warn(self) -> None:
+        strengths = self._now().strengths
+        if strengths.blocks is not None or strengths.elements is not None:
+            return  # what lora-block-weight does to the factors here, the tag does already
         if not vars(self.network).get("_locon_warned"):
             vars(self.network)["_locon_warned"] = True
             what = "another extension changes the layers of %r itself, which is not used: write block weights into the"
@@ -93,8 +141,23 @@ class NetworkModule:
 class _Holder:
     """A factor that the built-in has as the weight of a layer."""
 
+    weight: Tensor
+
     def __init__(self, owner: NetworkModule, weight: Tensor) -> None:
         vars(self).update(_owner=owner, weight=weight)
+
+    def to(self, *_: object, **__: object) -> _Holder:
+        """It stays where it is, and goes where its input is when it is used."""
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, weight = vars(self)["_owner"].sd_module, self.weight.to(x.device, x.dtype)
+        if not isinstance(layer, nn.Conv2d):
+            return F.linear(x, weight.flatten(1))
+        weight = weight.reshape(*weight.shape, *[1] * (4 - weight.ndim))
+        # the factor with the kernel goes over the image as the layer does, the other one point by point
+        how: dict[str, Any] = {} if weight.shape[2:] == (1, 1) else {"stride": layer.stride, "padding": layer.padding}
+        return F.conv2d(x, weight, **how)
 
     def __setattr__(self, name: str, value: object) -> None:
         vars(self)["_owner"]._warn()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from modules import shared
 
+from lib_locon.hosts.infotext import APPLIED
 from lib_locon.settings import BUILTIN_SETTINGS, NO_ADAPTER, SD_LORA, SETTINGS, Setting, Value
 
 
@@ -21,6 +22,26 @@ def number(setting: Setting) -> int:
     found = value(setting)
     assert isinstance(found, int)
     return found
+
+
+def note(p: Any, *, used: bool, hires: bool) -> None:
+    """Writes the settings that make another image of the same adapters into the image's text, if they are set so."""
+    texts = getattr(p, "extra_generation_params", None)
+    if not isinstance(texts, dict):
+        return  # no job: the host has nothing to write it into
+    for setting in (each for each in SETTINGS if each.infotext):
+        found = value(setting)
+        if used and found != setting.default:
+            texts[setting.infotext] = found
+        elif not hires:  # a hires pass without adapters takes nothing back of what was said of the first pass
+            texts.pop(setting.infotext, None)
+
+
+def complete(fields: MutableMapping[str, Any]) -> None:
+    """A pasted text of ours that does not have such a setting was made with its default."""
+    if APPLIED in fields:
+        for setting in (each for each in SETTINGS if each.infotext):
+            fields.setdefault(setting.infotext, setting.default)
 
 
 def add_settings(names: Callable[[], list[str]], refresh: Callable[[], object]) -> None:
@@ -43,12 +64,12 @@ def _info(setting: Setting, names: Callable[[], list[str]] = list, refresh: Call
     gradio = sys.modules.get("gradio")  # the host's own, which it has where it has a page
     default = list(setting.default) if isinstance(setting.default, tuple) else setting.default
     args: Any = {"lines": setting.lines} if setting.lines else None
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"infotext": setting.infotext} if setting.infotext else {}
     if setting is SD_LORA:
         more = {"component": getattr(gradio, "Dropdown", None), "refresh": refresh}
         args = lambda: {"choices": [NO_ADAPTER, *names()]}  # noqa: E731  the host calls it each time it shows the list
     elif setting.choices:
-        more = {"component": getattr(gradio, "CheckboxGroup" if isinstance(default, list) else "Radio", None)}
+        more["component"] = getattr(gradio, "CheckboxGroup" if isinstance(default, list) else "Radio", None)
         args = {"choices": list(setting.choices)}
     elif isinstance(default, int) and not isinstance(default, bool):
         args = {"precision": 0}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,6 +124,14 @@ class _StandIn:
         self.unloaded = True
 
 
+def _torchs_own() -> SimpleNamespace:
+    """The methods of torch's layers under the built-in's names for them. To be made while none is patched."""
+    methods = {
+        f"{layer}_{short}": getattr(getattr(nn, layer), field) for layer in _LAYERS for short, field in _METHODS.items()
+    }
+    return SimpleNamespace(**methods, undo=lambda: None)
+
+
 class BuiltIn:
     """The built-in, as long as we stand in its place: it stays loaded, and acts no more."""
 
@@ -135,8 +143,11 @@ class BuiltIn:
             self._replace(networks, name, function)
         lora = sys.modules.get("extra_networks_lora")
         kind = getattr(lora, "ExtraNetworkLora", None)
-        for name in ("activate", "deactivate") if isinstance(kind, type) else ():
+        # where the built-in is switched off, somebody may have imported half of its modules, and the rest is ours
+        for name in ("activate", "deactivate") if isinstance(kind, type) and not issubclass(handler, kind) else ():
             self._replace(kind, name, _handed_on(handler, name))
+        if vars(networks).get("originals", self) is None:  # nothing was patched, but others call layers through it
+            self._replace(networks, "originals", _torchs_own())
         self._originals: Any = None
         self._stand_in: _StandIn | None = None
         self.undo_patches()

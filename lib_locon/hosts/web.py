@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hmac
 import json
 import logging
 import math
@@ -13,12 +11,19 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl
 
+from lib_locon.hosts.guard import Logins, is_local, may_ask
+
 log = logging.getLogger("lib_locon")
 MAX_BODY = 1_000_000
 """Bytes of a request."""
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
+_HEADERS = (
+    (b"content-type", b"application/json"),
+    (b"x-content-type-options", b"nosniff"),  # names may hold HTML
+    (b"cache-control", b"no-store"),
+)
 
 
 class WebError(Exception):
@@ -31,11 +36,15 @@ class WebError(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: the parts of its path, its query, and what its JSON body holds (None where it has none)."""
+    """A request: the parts of its path, its query, and what its JSON body holds (None where it has none).
+
+    `local`: it comes from this very computer, as far as that can be seen.
+    """
 
     path: Mapping[str, str]
     query: Mapping[str, str]
     body: Any = None
+    local: bool = False
 
     def number(self, name: str, default: int, least: int, most: int) -> int:
         """A whole number out of the query."""
@@ -47,18 +56,23 @@ class Ask:
 
 @dataclass(frozen=True)
 class Route:
-    """One address. `protected`: asks for the name and password that the host's own API asks for."""
+    """One address. `protected`: asks for the host's --api-auth, where it has one.
+
+    Otherwise it asks, as `protected` ones do too, for the login of the host's page, where that has one; `open` ones ask
+    for nothing at all.
+    """
 
     method: str
     path: str
     answer: Callable[[Ask], Any]
     protected: bool = True
+    open: bool = False
 
 
 class Endpoint:
     """Answers the requests for one route, in a thread: the host's loop serves other requests meanwhile."""
 
-    def __init__(self, route: Route, logins: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(self, route: Route, logins: Callable[[], Logins]) -> None:
         self._route = route
         self._logins = logins
         self.__name__ = route.path.strip("/").replace("/", "_")
@@ -66,7 +80,9 @@ class Endpoint:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """One request."""
         try:
-            self._check_login(scope)
+            logins = self._logins() if self._route.protected else None
+            if not (self._route.open or may_ask(scope, logins)):
+                raise WebError(401, "this address asks for the user name and password that the webui was started with")
             body = await _body(receive) if self._route.method == "POST" else b""
             status, content = 200, await asyncio.to_thread(self._answer, scope, body)
         except WebError as error:
@@ -74,39 +90,23 @@ class Endpoint:
         except Exception as error:
             log.exception("an error in sd-webui-locon itself")
             status, content = 500, encoded({"error": f"an error in sd-webui-locon itself: {type(error).__name__}"})
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+        headers = [*_HEADERS, (b"content-length", str(len(content)).encode())]
         if status == 401:
             headers.append((b"www-authenticate", b"Basic"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
     def _answer(self, scope: Mapping[str, Any], body: bytes) -> bytes:
-        query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-        return encoded(self._route.answer(Ask(scope.get("path_params", {}), query, _parsed(body))))
-
-    def _check_login(self, scope: Mapping[str, Any]) -> None:
-        logins = self._logins() if self._route.protected else {}
-        if not logins:
-            return
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, token = given.partition(b" ")
-        try:
-            user, _, password = base64.b64decode(token, validate=True).partition(b":")
-        except ValueError:
-            user = password = b""
-        # every login is compared, so that the time taken says nothing
-        good = [
-            hmac.compare_digest(user, name.encode()) & hmac.compare_digest(password, word.encode())
-            for name, word in logins.items()
-        ]
-        if kind.lower() != b"basic" or not any(good):
-            raise WebError(401, "this address asks for the user name and password of --api-auth")
+        # many programs send letters beyond ASCII as they are, without the % that they should have
+        query = dict(parse_qsl(scope.get("query_string", b"").decode("utf8", "replace"), keep_blank_values=True))
+        ask = Ask(scope.get("path_params", {}), query, _parsed(body), is_local(scope))
+        return encoded(self._route.answer(ask))
 
 
 class Routes:
     """What of ours stands in a web application: in the place of routes that were there, or behind all others."""
 
-    def __init__(self, routes: list[Route], logins: Callable[[], Mapping[str, str]]) -> None:
+    def __init__(self, routes: list[Route], logins: Callable[[], Logins]) -> None:
         self._routes = routes
         self._logins = logins
         self._app: Any = None
@@ -139,11 +139,12 @@ class Routes:
 
 
 def encoded(value: object) -> bytes:
-    """As JSON. What no JSON can say (NaN, infinity) becomes null."""
+    """As JSON. What no JSON can say (NaN, infinity) becomes null, and half letters, as in a file name, become `?`."""
     try:
-        return json.dumps(value, allow_nan=False).encode()
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False).encode()
+        text = json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+    return text.encode("utf8", "replace")
 
 
 def _finite(value: Any) -> Any:
@@ -155,14 +156,16 @@ def _finite(value: Any) -> Any:
 
 
 async def _body(receive: Receive) -> bytes:
-    parts: list[bytes] = []
+    body = bytearray()
     while True:
         message = await receive()
-        parts.append(message.get("body", b""))
-        if sum(map(len, parts)) > MAX_BODY:
+        if message["type"] == "http.disconnect":
+            raise WebError(400, "the request was broken off")
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY:
             raise WebError(413, f"a request may have {MAX_BODY} bytes")
         if not message.get("more_body"):
-            return b"".join(parts)
+            return bytes(body)
 
 
 def _parsed(body: bytes) -> Any:

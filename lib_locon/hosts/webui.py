@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.hosts.embeddings import BundledEmbeddings
 from lib_locon.hosts.legacy import LoadedNetworks
-from lib_locon.library import Library, without_folder
+from lib_locon.library import Library, without_folder, without_folders
 from lib_locon.models.checkpoint_keys import checkpoint_keys
+from lib_locon.patching.rounding import Rounding
 from lib_locon.patching.store import PristineSource, policy_named
 from lib_locon.prompt.blocks import BASE, T5
 from lib_locon.prompt.grammar import Parsed, parse_tag
@@ -55,12 +57,15 @@ class Webui:
         self.side_path = False
         self.base_store = "auto"
         self.free_unused = False
+        self.rounding: Rounding = "exact"
         self.embeddings = BundledEmbeddings()
         self.last_report = Report()
         self.used: tuple[Use, ...] = ()
         """What the last `activate` put into its model, as it is at the first step."""
         self.warn_of_missing = False
         """Whether a name that leads to no file is a warning in the log, and not only a line in it."""
+        self.comments = "all"
+        """What is said under the image: `all`, `problems` or `nothing`."""
         self.presets = BUILT_IN
         self.text_changed = False
         """Whether the last `activate` changed what acts on the text encoders of its model."""
@@ -71,12 +76,15 @@ class Webui:
         self._step = (0, 1)
         self._scheduled: Scheduled | None = None
         self._sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
         self._on_text: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
     @property
     def active(self) -> bool:
         """Whether any model holds, or may hold, anything of an adapter."""
-        return self.embeddings.active or any(session.active for session in self._sessions.values())
+        with self._lock:  # the page and programs ask while images are made
+            sessions = list(self._sessions.values())
+        return self.embeddings.active or any(session.active for session in sessions)
 
     def use_folders(self, folders: Iterable[Path], *, allow_pickle: bool) -> None:
         """Where the host keeps adapters, and whether pickled files count."""
@@ -139,7 +147,7 @@ class Webui:
         try:
             session = self.session(model, checkpoint)
             uses = self.loaded.show(uses, model, session)
-            session.side_path = self.side_path
+            session.side_path, session.rounding = self.side_path, self.rounding
             session.engine.store.policy = policy_named(self.base_store)
             session.engine.store.free_unused = self.free_unused
             report = session.apply(uses)
@@ -152,12 +160,12 @@ class Webui:
             self._scheduled = None
             self.loaded.clear()
             uses, problems = [], [*problems, Problem(f"no adapter is in this image: {_what(error, checkpoint)}")]
-        on_text = tuple(map(_on_text, uses))
+        on_text = (self.rounding, *map(_on_text, uses)) if uses else ()
         self.text_changed = self._on_text.get(model, ()) != on_text
         self._on_text[model], self.used = on_text, tuple(uses)
         problems += map(Problem, self.embeddings.use([use.adapter for use in uses], model))
         self.last_report = report = Report(report.adapters, tuple(problems), report.written, tuple(warnings))
-        for line in report.lines():
+        for line in report.lines(self.comments):
             comment(line)
         for adapter in report.adapters:
             log.info("%s", adapter)
@@ -224,15 +232,22 @@ class Webui:
 
     def session(self, model: nn.Module, checkpoint: Path | None = None) -> Session:
         """The model's session, made at its first use, and again after the host loaded weights into the model."""
-        session = self._sessions.get(model)
-        if session is None:
-            session = self._sessions[model] = Session(model)
-            session.engine.store.source = _source(session, checkpoint)
-        return session
+        with self._lock:
+            session = self._sessions.get(model)
+            if session is None:
+                session = self._sessions[model] = Session(model)
+                session.engine.store.source = _source(session, checkpoint)
+            return session
+
+    def session_of(self, model: nn.Module) -> Session | None:
+        """The model's session, where it was used already."""
+        with self._lock:
+            return self._sessions.get(model)
 
     def model_loaded(self, model: nn.Module) -> None:
         """The host loaded weights into `model`, new or known. Its modules may be others now, so look at it anew."""
-        session = self._sessions.pop(model, None)
+        with self._lock:
+            session = self._sessions.pop(model, None)
         if session is not None:
             session.restore()  # what was loaded anew is left alone; after a change of the VAE alone, patches come off
 
@@ -240,15 +255,18 @@ class Webui:
         """Gives every model its base back and forgets it."""
         self._scheduled = None
         self.loaded.clear()
-        for session in list(self._sessions.values()):
+        with self._lock:
+            sessions = list(self._sessions.values())
+        for session in sessions:
             session.restore()
-        self._sessions.clear()
+        with self._lock:
+            self._sessions.clear()
 
 
 def _what(error: Exception, checkpoint: Path | None) -> str:
-    """For everybody's eyes: without the folder that the checkpoint lies in."""
+    """For everybody's eyes: without the folders that files lie in."""
     what = str(error) or type(error).__name__
-    return what if checkpoint is None else without_folder(what, checkpoint)
+    return without_folders(what if checkpoint is None else without_folder(what, checkpoint))
 
 
 def _on_text(use: Use) -> tuple[object, ...]:

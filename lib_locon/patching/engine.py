@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lib_locon.errors import PatchError
 from lib_locon.patching.compute import Workspace, overflows, patched, write_sum
 from lib_locon.patching.plan import Patch, Plan
+from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import cannot_hold, decode, encode
 from lib_locon.patching.store import BaseLost, BaseStore, same_bits
 
@@ -31,14 +32,15 @@ class _Held:
     weight: int
     version: object
     dtype: torch.dtype
+    rounding: Rounding
 
     @classmethod
-    def by(cls, weight: Tensor, patches: tuple[Patch, ...] | None) -> _Held:
-        return cls(patches, id(weight), _version(weight), weight.dtype)
+    def by(cls, weight: Tensor, patches: tuple[Patch, ...] | None, rounding: Rounding) -> _Held:
+        return cls(patches, id(weight), _version(weight), weight.dtype, rounding)
 
     @property
     def keys(self) -> tuple[object, ...] | None:
-        return None if self.patches is None else tuple(patch.key for patch in self.patches)
+        return None if self.patches is None else _keys(self.patches, self.rounding)
 
     def untouched(self, weight: Tensor) -> bool:
         """Whether nobody wrote into the weight since, nor put another in its place.
@@ -47,6 +49,10 @@ class _Held:
         its id: a reference, weak ones too, would keep torch from swapping tensors in `.to()`.
         """
         return self.patches is None or (self.weight == id(weight) and self.version == _version(weight))
+
+
+def _keys(patches: Sequence[Patch], rounding: Rounding) -> tuple[object, ...]:
+    return (rounding, *(patch.key for patch in patches))
 
 
 def _version(weight: Tensor) -> object:
@@ -76,6 +82,7 @@ class Engine:
         self.store = BaseStore()
         self._held: dict[str, _Held] = {}
         self._lock = threading.RLock()
+        self._rounding: Rounding = "exact"
         self.generation = 0
         """Another one after each write: whoever remembers what the model holds sees by it that this is past."""
 
@@ -94,16 +101,18 @@ class Engine:
         with self._lock:
             return all(held.patches is not None and held.untouched(self._weight(p)) for p, held in self._held.items())
 
-    def apply(self, plan: Plan) -> int:
+    def apply(self, plan: Plan, rounding: Rounding = "exact") -> int:
         """Makes the model hold base + plan and returns how many weights were written.
 
-        Weights that already hold what they should are not touched. All or nothing: on any error every weight gets its
+        `rounding`: once, or after each patch in the plan's order (weights of 8 bits always once). Weights that already
+        hold what they should are not touched. All or nothing: on any error every weight gets its
         base back before the error goes on (as PatchError; an interrupt as itself).
         """
         with self._lock:
             self._accept_outside_writes()
             plan = self._untied(plan)
-            wanted = {path: tuple(patch.key for patch in patches) for path, patches in plan.items()}
+            self._rounding = rounding
+            wanted = {path: _keys(patches, rounding) for path, patches in plan.items()}
             held = {path: entry.keys for path, entry in self._held.items()}
             changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
             path, extremes = "", {}
@@ -177,9 +186,9 @@ class Engine:
                     self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
                 continue
             ours = torch.empty_like(base, dtype=entry.dtype)
-            self._write_sum(path, ours, base, entry.patches)
+            self._write_sum(path, ours, base, entry.patches, entry.rounding)
             if ours.shape == weight.shape and torch.equal(ours.to(weight.dtype), weight.detach()):
-                self._held[path] = _Held.by(weight, entry.patches)
+                self._held[path] = _Held.by(weight, entry.patches, entry.rounding)
             else:
                 self._forget(path)
 
@@ -190,24 +199,32 @@ class Engine:
             base = self.store.save(path, weight)
             self.generation += 1
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
-            self._held[path] = _Held.by(weight, None)
+            self._held[path] = _Held.by(weight, None, self._rounding)
             if patches:
-                extremes = self._write_sum(path, weight.detach(), base.to(weight.device), patches, space)
+                on_device = base.to(weight.device)
+                extremes = self._write_sum(path, weight.detach(), on_device, patches, self._rounding, space)
             else:
                 weight.copy_(base)
         if patches:
-            self._held[path] = _Held.by(weight, tuple(patches))
+            self._held[path] = _Held.by(weight, tuple(patches), self._rounding)
         else:
             self._forget(path, self.store.release)
         return extremes
 
     def _write_sum(
-        self, path: str, out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None
+        self,
+        path: str,
+        out: Tensor,
+        base: Tensor,
+        patches: Sequence[Patch],
+        rounding: Rounding,
+        space: Workspace | None = None,
     ) -> Tensor | None:
         """The sum into `out`, and its extremes; a weight of 8 bits is read and rounded as its module says."""
         module, name = self._owner(path)
         if cannot_hold(module, name) is None:
-            return write_sum(out, base, patches, space)
+            write = write_sum if rounding == "exact" else write_one_by_one
+            return write(out, base, patches, space)
         total, extremes = patched(decode(module, name, base), patches, torch.float32)
         if extremes is not None and overflows(extremes, torch.float32):
             raise OverflowError("at these strengths its numbers are beyond fp32")
@@ -244,7 +261,9 @@ class Engine:
     def _weight(self, path: str) -> Tensor:
         # looked up each time: `.to()` and load_state_dict may put another tensor in the parameter's place
         module, name = self._owner(path)
-        weight: Tensor = getattr(module, name)
+        weight = module._parameters.get(name)  # as a rule; `getattr` of a module takes five times as long
+        if weight is None:
+            weight = getattr(module, name)
         return weight
 
     def _owner(self, path: str) -> tuple[nn.Module, str]:

@@ -33,6 +33,13 @@ class Delta(Protocol):
         """ΔW as a product of two matrices, `device` being where it will be needed; None where it is none."""
         ...
 
+    def unscaled(self, weight: Tensor) -> tuple[Tensor, float] | None:
+        """(D, scale), ΔW = scale · D for a weight that holds `weight`: D whole, rounded in the dtypes of its factors.
+
+        None where ΔW is to be had by rows only.
+        """
+        ...
+
     def bound(self) -> float:
         """What no number of ΔW at strength 1 exceeds in size; infinite where that cannot be told without making ΔW."""
         ...
@@ -64,14 +71,15 @@ def _sum(strengths: Iterable[float]) -> float:
 
 
 Plan: TypeAlias = Mapping[str, tuple[Patch, ...]]
-"""Parameter path → its patches, in an order that does not depend on the order of the tags."""
+"""Parameter path → its patches, in an order that does not depend on the order of the tags unless that is wanted."""
 
 
-def make_plan(patches: Iterable[Patch]) -> Plan:
+def make_plan(patches: Iterable[Patch], *, as_given: bool = False) -> Plan:
     """Groups by parameter, adds up the strengths of equal sources, drops what comes to 0, and sorts.
 
     Floating-point sums depend on their order, so the order is fixed here, by source and view; `fsum` rounds once, so
-    that three equal sources give the same strength in any order too. Raises PatchError for one that is not finite.
+    that three equal sources give the same strength in any order too. `as_given` leaves the patches in their order, each
+    where its source came first. Raises PatchError for one that is not finite.
     """
     strengths: dict[tuple[str, View], list[float]] = {}
     deltas: dict[tuple[str, View], Delta] = {}
@@ -79,7 +87,7 @@ def make_plan(patches: Iterable[Patch]) -> Plan:
         strengths.setdefault((patch.source, patch.view), []).append(patch.strength)
         deltas.setdefault((patch.source, patch.view), patch.delta)
     plan: dict[str, tuple[Patch, ...]] = {}
-    for (source, view), parts in sorted(strengths.items()):
+    for (source, view), parts in strengths.items() if as_given else sorted(strengths.items()):
         strength = _sum(parts)
         if strength:
             patch = Patch(source, view, strength, deltas[source, view])

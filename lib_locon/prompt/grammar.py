@@ -22,7 +22,8 @@ from lib_locon.prompt.window import Window, parse_range
 KINDS = ("lora", "lyco")
 MOST_ARGUMENTS = 200
 """Of one tag. Each can lead to a sentence that shows the tag, and a program could send a hundred thousand."""
-_TAG = re.compile(r"<(\w+):([^>]+)>")  # the host's own pattern: what it would not strip, we must not read
+TAG = re.compile(r"<(\w+):([^>]+)>")
+"""The host's own pattern: what it would not strip, we must not read."""
 _Read = TypeVar("_Read")
 
 
@@ -46,7 +47,7 @@ def parse_prompt(prompt: str, presets: Presets = BUILT_IN) -> Parsed:
         parse_tag(match[1], match[2].split(":"), parsed, presets)
         return ""
 
-    parsed.text = _TAG.sub(take, prompt)
+    parsed.text = TAG.sub(take, prompt)
     return parsed
 
 
