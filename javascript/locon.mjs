@@ -8,6 +8,7 @@ import { around, forPrompt, withWord } from "./locon_texts.mjs";
 
 const CARDS = ".card[data-locon-names]";
 const BOX = "[id$='_prompt']";
+const FITS = 100; // names that the server takes at once
 const TYPED = 60; // milliseconds after a letter, before the server is asked how it may go on
 const PAUSED = 500; // and before it is asked what is wrong
 const hostsCardClicked = window.cardClicked;
@@ -102,6 +103,7 @@ function showHidden(button) {
 
 const inSight = new Set();
 let fitsTimer = 0;
+let fitsAsked = 0;
 const watcher = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (isIntersecting) inSight.add(target);
@@ -125,12 +127,18 @@ function askFitsSoon() {
 }
 
 async function askFits() {
+  fitsAsked += 1;
+  const number = fitsAsked;
   const pages = Array.from(window.gradioApp().querySelectorAll(".locon-page"));
-  const seen = [...inSight].filter((card) => card.isConnected).slice(0, 100);
-  const found = pages.length > 0 && await ask("./locon/v1/fit", { names: [...new Set(seen.map((card) => card.dataset.name))] });
-  if (!found || found.model === null) return; // it is being loaded
-  for (const page of pages) page.classList.toggle("locon-stale", (page.dataset.loconModel ?? found.model) !== found.model);
-  for (const card of seen) showFit(card, found.fits[card.dataset.name]);
+  const seen = [...inSight].filter((card) => card.isConnected);
+  const names = [...new Set(seen.map((card) => card.dataset.name))];
+  for (let start = 0; pages.length > 0 && (start === 0 || start < names.length); start += FITS) {
+    const found = await ask("./locon/v1/fit", { names: names.slice(start, start + FITS) });
+    if (number !== fitsAsked) return; // asked again since, perhaps of another model
+    if (!found || found.model === null) return; // it is being loaded
+    for (const page of pages) page.classList.toggle("locon-stale", (page.dataset.loconModel ?? found.model) !== found.model);
+    for (const card of seen) if (card.dataset.name in found.fits) showFit(card, found.fits[card.dataset.name]);
+  }
 }
 
 function showFit(card, fit) {

@@ -1,4 +1,4 @@
-"""Looks files up by their hash without ever reading a whole collection because of one click or one request."""
+"""Looks files up by their hash without ever hashing a whole collection because of one click or one request."""
 
 from __future__ import annotations
 
