@@ -220,6 +220,52 @@ def test_two_models(started: Launch) -> None:
         generate(webui, prompts[1])
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["loaded in the middle", "kept"])
+def test_a_refiner_holds_what_the_prompt_asks_for(started: Launch, kept: bool) -> None:
+    """Fact: the refiner takes over between two steps; for a model that is still loaded nothing is announced."""
+    webui = started()
+    from modules import script_callbacks, sd_models, shared
+
+    first = shared.sd_model
+    prompt = "cat <lora:tiny_lora:1>"
+    sd_models.model_data.make = lambda: TinySD.random(5)
+    second = sd_models.load_model() if kept else None
+    alone = TinySD.random(5).learned_conditioning(["cat"])
+    wanted = []
+    if second is not None:
+        second.cond_stage_model_empty_prompt = None  # as the host has it when a model is loaded
+        generate(webui, prompt)
+        wanted = _weights(second)
+        shared.sd_model = first
+    seen: list[Any] = []
+
+    def take_over(params: Any) -> None:
+        if params.sampling_step == 1:
+            model = second if second is not None else sd_models.load_model()
+            assert model is not None
+            model.cond_stage_model_empty_prompt = None
+            shared.sd_model = model
+            seen.append(model.learned_conditioning(["cat"]))  # before our callback, as the host does
+        if params.sampling_step == 2:
+            seen.append(_weights(shared.sd_model))
+
+    for tag in (prompt, "cat"):
+        script_callbacks.on_cfg_denoiser(take_over)
+        webui.generate(tag, seed=1, steps=4)
+        script_callbacks.remove_callbacks_for_function(take_over)
+        shared.sd_model = first
+        if tag == prompt and wanted:
+            assert seen[-1].keys() == wanted.keys()
+            assert all(seen[-1][name].equal(wanted[name]) for name in wanted)
+        base = TinySD.random(5).state_dict()
+        assert all(seen[-1][name].equal(base[name]) for name in base) == (tag == "cat")
+    assert seen[2].equal(alone) and not seen[0].equal(alone)
+
+
+def _weights(model: TinySD) -> dict[str, Any]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def test_other_weights_in_the_same_model(started: Launch) -> None:
     """Fact: "`on_model_loaded` also fires on checkpoint changes with the same model object"."""
     webui = started()

@@ -417,7 +417,7 @@ def test_any_name_comes_back_from_an_image(running: Any, names: list[str]) -> No
     read = fields(run.infotext)
     known = {name: body_hash(folder / f"{name}.safetensors")[:12] for name in names}
     written = {name.translate(str.maketrans("", "", ":,")): digest for name, digest in known.items()}
-    assert written_hashes(read["Lora hashes"]) == {
+    assert written_hashes(read.get("Lora hashes", "")) == {  # none where no name is left of it
         key.strip(): digest for key, digest in written.items() if key.strip()
     }
     assert [part.partition(" at 0.25: ")[0] for part in re.split(r"(?<=layers); ", read["Locon"])] == names

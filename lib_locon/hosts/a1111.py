@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modules import extra_networks, script_callbacks, shared
+from modules import extra_networks, script_callbacks, sd_models, shared
 from torch import nn
 
 from lib_locon.hosts import takeover
+from lib_locon.hosts.arrivals import Arrivals
 from lib_locon.hosts.legacy_api import Legacy
 from lib_locon.hosts.options import number, value
 from lib_locon.hosts.rivals import Rivals
@@ -55,6 +56,8 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
             return  # `shared.sd_model` loads a model where there is none: not for a prompt that asks for nothing
         tags = [("lora", [str(item) for item in params.items]) for params in params_list]
         model, checkpoint = _model()
+        if not params_list and not getattr(p, "prompts", None) and _webui.session_of(model) is None:
+            return  # the host loads a model, perhaps in the middle of a run; nothing of ours is in it yet
         _step_last()
         comment = getattr(p, "comment", _no_comment)
         report = _webui.activate(model, tags, comment, checkpoint, seed=_seed(p), hires=hires)
@@ -80,6 +83,8 @@ def register() -> None:
     script_callbacks.on_model_loaded(_places.model_loaded)
     script_callbacks.on_script_unloaded(_places.give_back)  # the last one here is called first
     script_callbacks.on_script_unloaded(_webui.release)
+    script_callbacks.on_model_loaded(_arrivals.watch)
+    script_callbacks.on_script_unloaded(_arrivals.remove)
     script_callbacks.on_cfg_denoiser(_before_step)
 
 
@@ -98,6 +103,8 @@ def take_over() -> None:
     """Makes us the handler of both tags, and the built-in's names lead to us. Harmless to repeat."""
     _rivals.take_over()
     _places.take_over()
+    for model in getattr(sd_models.model_data, "loaded_sd_models", ()):
+        _arrivals.watch(model)
 
 
 def _settings() -> None:
@@ -150,6 +157,7 @@ cards = _services.cards.cards
 """The adapters' cards, with what is known of their files."""
 legacy = Legacy(_webui, library, _model, _services.known_hash)
 """What stands behind the names of the built-in's that other extensions use."""
+_arrivals = Arrivals(lambda model: _webui.arrived(model, _checkpoint(model)))
 _rivals = Rivals(LoconNetwork, _webui.release)
 _places = takeover.Places(_webui.loaded, legacy.functions(), LoconNetwork)
 
@@ -163,7 +171,9 @@ def _folders() -> list[Path]:
 def _before_step(params: Any) -> None:
     """Called before each call of the denoising network; samplers of a higher order call it more than once a step."""
     _services.infotext.fill()
-    _webui.step(shared.sd_model, params.sampling_step, params.total_sampling_steps)
+    model = shared.sd_model
+    _webui.arrived(model, _checkpoint(model))
+    _webui.step(model, params.sampling_step, params.total_sampling_steps)
 
 
 def _in_hires(p: Any, params_list: Sequence[Any]) -> bool:

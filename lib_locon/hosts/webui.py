@@ -6,7 +6,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +16,7 @@ from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.hosts.embeddings import BundledEmbeddings
 from lib_locon.hosts.legacy import LoadedNetworks
+from lib_locon.hosts.scheduled import Scheduled
 from lib_locon.library import Library, without_folder, without_folders
 from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.patching.rounding import Rounding
@@ -25,27 +26,12 @@ from lib_locon.prompt.grammar import Parsed, parse_tag
 from lib_locon.prompt.presets import BUILT_IN
 from lib_locon.prompt.request import Problem, Request
 from lib_locon.report import Report
-from lib_locon.resolve import AdapterCache, Found, Missing, find
+from lib_locon.resolve import AdapterCache, Missing, find
 from lib_locon.session import Session, Use
 
 log = logging.getLogger("lib_locon")
 Tag = tuple[str, Sequence[str]]
 """A tag's kind and its arguments, split at the colons."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scheduled:
-    """What the pass that runs now uses: it may depend on the step, and other extensions may change it."""
-
-    model: weakref.ref[nn.Module]
-    found: Found
-    uses: list[Use]
-    """Those of the first step."""
-    hires: bool
-    comment: Callable[[str], object]
-    checkpoint: Path | None
-    by_step: bool
-    """Whether the prompt asks for other strengths at other steps."""
 
 
 class Webui:
@@ -75,6 +61,8 @@ class Webui:
         self._suspended = False
         self._step = (0, 1)
         self._scheduled: Scheduled | None = None
+        self._in_use: weakref.ref[nn.Module] | None = None
+        """The model that the run is at, while there is one."""
         self._sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._on_text: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
@@ -142,14 +130,11 @@ class Webui:
         uses = found.at(hires=hires)
         now = Scheduled(weakref.ref(model), found, uses, hires, comment, checkpoint, found.scheduled)
         self._scheduled = now if uses else None
-        self._suspended, self._step = False, (0, 1)
+        self._suspended, self._step, self._in_use = False, (0, 1), weakref.ref(model)
         problems = [*bad, *missing]
         try:
-            session = self.session(model, checkpoint)
+            session = self._ready(model, checkpoint)
             uses = self.loaded.show(uses, model, session)
-            session.side_path, session.rounding = self.side_path, self.rounding
-            session.engine.store.policy = policy_named(self.base_store)
-            session.engine.store.free_unused = self.free_unused
             report = session.apply(uses)
             if report.written:
                 log.info("%s", session.engine.store.report())
@@ -191,6 +176,23 @@ class Webui:
         if now is not None and not self._suspended and now.model() is model:
             self._follow(now, model)
 
+    def arrived(self, model: nn.Module, checkpoint: Path | None) -> None:
+        """Makes `model` hold what the run asks for, where the host went on with it, or with other weights in it.
+
+        To be called before it encodes a prompt or denoises: the host's refiner takes over between two steps.
+        """
+        session = self.session_of(model)
+        if self._in_use is None or (session is not None and self._in_use() is model):
+            return
+        self._in_use = weakref.ref(model)
+        if self._scheduled is not None:
+            self._ready(model, checkpoint)
+            self._scheduled = replace(self._scheduled, model=self._in_use, checkpoint=checkpoint)
+            if not self._suspended:
+                self._follow(self._scheduled, model, anew=True)
+        elif session is not None:
+            session.restore()  # it may hold what an earlier run left in it
+
     def follow(self) -> None:
         """Makes the model of the pass hold what other extensions ask for by now, wherever in a step that is."""
         now = self._scheduled
@@ -207,7 +209,7 @@ class Webui:
             session.restore()
             self._suspended = True
 
-    def _follow(self, now: Scheduled, model: nn.Module) -> None:
+    def _follow(self, now: Scheduled, model: nn.Module, *, anew: bool = False) -> None:
         session = self._sessions.get(model)
         if session is None:
             return
@@ -215,7 +217,7 @@ class Webui:
         try:
             asked = now.found.at(step, steps, hires=now.hires) if now.by_step else now.uses
             uses = self.loaded.adjusted(asked)
-            if now.by_step or self.loaded.touched or not session.active:
+            if anew or now.by_step or self.loaded.touched or not session.active:
                 session.apply(uses)
         except Exception as error:
             if not isinstance(error, LoconError):
@@ -228,7 +230,14 @@ class Webui:
 
     def finished(self) -> None:
         """The run is over. What its last step left is changed, or found right, by the next `activate`."""
-        self._scheduled = None
+        self._scheduled = self._in_use = None
+
+    def _ready(self, model: nn.Module, checkpoint: Path | None) -> Session:
+        session = self.session(model, checkpoint)
+        session.side_path, session.rounding = self.side_path, self.rounding
+        session.engine.store.policy = policy_named(self.base_store)
+        session.engine.store.free_unused = self.free_unused
+        return session
 
     def session(self, model: nn.Module, checkpoint: Path | None = None) -> Session:
         """The model's session, made at its first use, and again after the host loaded weights into the model."""
@@ -253,7 +262,7 @@ class Webui:
 
     def release(self) -> None:
         """Gives every model its base back and forgets it."""
-        self._scheduled = None
+        self._scheduled = self._in_use = None
         self.loaded.clear()
         with self._lock:
             sessions = list(self._sessions.values())
