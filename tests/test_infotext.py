@@ -426,9 +426,9 @@ def test_any_name_comes_back_from_an_image(running: Any, names: list[str]) -> No
     for name in names:
         (folder / f"{name}.safetensors").rename(folder / f"new {names.index(name)}.safetensors")
     renamed = paste(run.infotext)["Prompt"]
-    by_hash = [name for name in names if name.translate(str.maketrans("", "", ":,")).strip() in written]
-    for name in by_hash:
-        assert f"<lora:new {names.index(name)}:0.25>" in renamed
+    for number, name in enumerate(names):
+        if name.translate(str.maketrans("", "", ":,")).strip():
+            assert f"<lora:new {number}:0.25>" in renamed
 
 
 @cache

@@ -648,15 +648,14 @@ print(json.dumps({"share": peak.over_rest / touched, "ways": ways, "levels": lev
 def test_anonymous_memory(policy: str, bar: float, tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", MEASURE, str(tmp_path), policy]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # blocks of the system's own, given back when they are freed: what the store takes is counted here, not the holes in
+    # glibc's heap, which come together where layers are all alike; benchmarks.memory_bars measures a true model
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["ways"] == {policy: 96}
-    # glibc before 2.38 cannot use the hole that an aligned block leaves for the next of its size, and with layers all
-    # alike that comes together; benchmarks.memory_bars holds a true model to the bar itself
-    holes = (64 << 20) / found["touched"]
-    assert (0.95 if policy == "ram" else 0) < found["share"] <= bar + holes
+    assert (0.95 if policy == "ram" else 0) < found["share"] <= bar
     settled = [level for number, level in enumerate(found["levels"]) if number >= 45 and number % 40 >= 5]
     assert max(settled) - min(settled) < 0.05 * found["touched"], "200 switches leave it flat"
 
