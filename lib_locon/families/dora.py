@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -106,24 +105,11 @@ class DoRALayer(Layer):
 
     def _factors(self, norm: Tensor, start: int = 0, length: int | None = None) -> Tensor:
         """g / ‖M‖ in the shape of `norm`; for some rows only, from row `start` on."""
-        magnitude = self._magnitude_on(norm.device)[start : None if length is None else start + length]
+        magnitude = self._magnitude_on(norm.device).flatten()[start : None if length is None else start + length]
         return magnitude.to(norm.dtype).reshape(norm.shape) / (norm + self.EPSILON)
 
     def _magnitude_on(self, device: torch.device) -> Tensor:
-        if device == self.magnitude.device:
-            return self.magnitude.flatten()
-        moved = self._moved_magnitude.get(device)  # once, as the factors are
-        if moved is None:
-            moved = self._moved_magnitude[device] = self.magnitude.flatten().to(device)
-        return moved
-
-    @cached_property
-    def _moved_magnitude(self) -> dict[torch.device, Tensor]:
-        return {}
-
-    def release(self) -> None:
-        super().release()
-        self._moved_magnitude.clear()
+        return self.magnitude if self.magnitude.device == device else self._moved_once(self.magnitude, device)
 
     def low_rank(self, device: torch.device) -> None:  # W itself is in it
         return None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder, Family
 
 LowRank: TypeAlias = tuple[Tensor, Tensor, float]
+Movable = TypeVar("Movable", Family, Tensor)
 ORDINARY = 2.0**16
 """Beyond any number of fp16. The longest chain of products (Tucker, rank 4096) of numbers up to here fits in fp32."""
 _WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -151,13 +152,17 @@ class Layer:
         """The factors there, in their own dtype. Moved once: a strength that changes moves nothing."""
         if all(tensor.device == device for tensor in self.family.tensors().values()):
             return self.family
-        moved = self._moved.get(device)  # once: `release` may come from another thread
+        return self._moved_once(self.family, device)
+
+    def _moved_once(self, what: Movable, device: torch.device) -> Movable:
+        """`what`, a part of this layer, on a device where it is not; the same one until `release`."""
+        moved = self._moved.get((id(what), device))  # once: `release` may come from another thread
         if moved is None:
-            moved = self._moved[device] = self.family.to(device)
+            moved = self._moved[id(what), device] = what.to(device)
         return moved
 
     @cached_property
-    def _moved(self) -> dict[torch.device, Family]:
+    def _moved(self) -> dict[tuple[int, torch.device], Any]:
         return {}
 
 

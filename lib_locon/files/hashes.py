@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,33 +27,41 @@ class Hashes(NamedTuple):
 @cache
 def hashes_of(identity: FileIdentity) -> Hashes:
     """Reads the whole file, once as long as it stays the same. Raises FileError."""
-    path = Path(identity.path)
-    start = SafetensorsFile(path).data_start if path.suffix.lower() == ".safetensors" else None
+    start = _body_start(identity)
     whole, body = hashlib.sha256(), hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            whole.update(file.read(start or 0))
-            while chunk := file.read(CHUNK):
-                whole.update(chunk)
-                if start is not None:
-                    body.update(chunk)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    return Hashes(whole.hexdigest(), "" if start is None else body.hexdigest())
+    for chunk in _chunks(identity, 0, start):
+        whole.update(chunk)
+    for chunk in _chunks(identity, start):
+        whole.update(chunk)
+        body.update(chunk)
+    return Hashes(whole.hexdigest(), body.hexdigest() if start else "")
 
 
 def body_hash(identity: FileIdentity) -> str:
-    """The second of the hashes, or for a file that has none the first: the one by which the webui's images name a file.
+    """`Hashes.body`; of any other file, the hash of all of it, as the webui's built-in Lora takes it.
 
     Reads the whole file each time: keep it. Raises FileError.
     """
-    path, digest = Path(identity.path), hashlib.sha256()
-    start = SafetensorsFile(path).data_start if path.suffix.lower() == ".safetensors" else 0
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    digest = hashlib.sha256()
+    for chunk in _chunks(identity, _body_start(identity)):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def _body_start(identity: FileIdentity) -> int:
+    """Where a safetensors file's tensors begin; 0 for other files."""
+    path = Path(identity.path)
+    return SafetensorsFile(path).data_start if path.suffix.lower() == ".safetensors" else 0
+
+
+def _chunks(identity: FileIdentity, start: int, stop: int | None = None) -> Iterator[bytes]:
+    """The bytes from `start` up to `stop`, or to the end. Raises FileError."""
+    left = sys.maxsize if stop is None else stop - start
+    try:
+        with Path(identity.path).open("rb") as file:
+            file.seek(start)
+            while chunk := file.read(min(left, CHUNK)):
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise FileError(f"{identity.path} cannot be read: {error.strerror or error}") from error

@@ -82,7 +82,6 @@ class Engine:
         self.store = BaseStore()
         self._held: dict[str, _Held] = {}
         self._lock = threading.RLock()
-        self._rounding: Rounding = "exact"
         self.generation = 0
         """Another one after each write: whoever remembers what the model holds sees by it that this is past."""
 
@@ -105,13 +104,12 @@ class Engine:
         """Makes the model hold base + plan and returns how many weights were written.
 
         `rounding`: once, or after each patch in the plan's order (weights of 8 bits always once). Weights that already
-        hold what they should are not touched. All or nothing: on any error every weight gets its
-        base back before the error goes on (as PatchError; an interrupt as itself).
+        hold what they should are not touched. All or nothing: on any error every weight gets its base back before the
+        error goes on (as PatchError; an interrupt as itself).
         """
         with self._lock:
             self._accept_outside_writes()
             plan = self._untied(plan)
-            self._rounding = rounding
             wanted = {path: _keys(patches, rounding) for path, patches in plan.items()}
             held = {path: entry.keys for path, entry in self._held.items()}
             changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
@@ -119,7 +117,7 @@ class Engine:
             try:
                 space = Workspace()
                 for path in changed:
-                    extremes[path] = self._write(path, plan.get(path, ()), space)
+                    extremes[path] = self._write(path, plan.get(path, ()), rounding, space)
                 path = self._overflowing(extremes)
                 if path:
                     raise OverflowError("at these strengths its numbers are beyond those of its dtype")
@@ -192,21 +190,23 @@ class Engine:
             else:
                 self._forget(path)
 
-    def _write(self, path: str, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor | None:
+    def _write(
+        self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
+    ) -> Tensor | None:
         weight = self._weight(path)
         extremes: Tensor | None = None
         with _writing(weight):
             base = self.store.save(path, weight)
             self.generation += 1
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
-            self._held[path] = _Held.by(weight, None, self._rounding)
+            self._held[path] = _Held.by(weight, None, rounding)
             if patches:
                 on_device = base.to(weight.device)
-                extremes = self._write_sum(path, weight.detach(), on_device, patches, self._rounding, space)
+                extremes = self._write_sum(path, weight.detach(), on_device, patches, rounding, space)
             else:
                 weight.copy_(base)
         if patches:
-            self._held[path] = _Held.by(weight, tuple(patches), self._rounding)
+            self._held[path] = _Held.by(weight, tuple(patches), rounding)
         else:
             self._forget(path, self.store.release)
         return extremes
