@@ -2,9 +2,15 @@
 // page: gradioApp, opts, updateInput, closePopup, onAfterUiUpdate and onOptionsChanged; it replaces one, cardClicked, and
 // adds one, loconSaved. Texts of strangers (names, metadata) become text nodes here and nothing else.
 
-import { completed, keyed, openTag, othersComplete, wordNow } from "./locon_completion.mjs";
-import { adapterTags, nameInserted, namesIn, toggled, withSnippet } from "./locon_tags.mjs";
-import { around, forPrompt, withWord } from "./locon_texts.mjs";
+// by the addresses under which the page has them, with the time of their last change: without it a browser may go on
+// with the files of an older version, and an `import` statement has none
+const beside = (name) => import(document.querySelector(`script[src*="/${name}?"]`)?.src ?? `./${name}`);
+const [completion, tags, texts] = await Promise.all(
+  ["locon_completion.mjs", "locon_tags.mjs", "locon_texts.mjs"].map(beside),
+);
+const { completed, keyed, openTag, othersComplete, wordNow } = completion;
+const { adapterTags, nameInserted, namesIn, toggled, withSnippet } = tags;
+const { around, forPrompt, withWord } = texts;
 
 const CARDS = ".card[data-locon-names]";
 const BOX = "[id$='_prompt']";
@@ -385,4 +391,5 @@ document.addEventListener("click", (event) => {
   if (button) (button.matches(".locon-word") ? addWord : showHidden)(button);
 });
 window.onAfterUiUpdate?.(updatedSoon);
+updatedSoon(); // the page may have been there first
 window.onOptionsChanged?.(askFitsSoon);

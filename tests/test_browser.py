@@ -296,12 +296,14 @@ def test_the_html_that_the_host_would_show(chromium: Browser, address: str, fold
         "<textarea></textarea></label></div>" + cards + "<script>opts = {extra_networks_default_multiplier: 0.8, "
         "extra_networks_add_text_separator: ', '}; function gradioApp() { return document } function updateInput() {} "
         "function cardClicked() { attacked() } function attacked() { window.wrong = true }</script>"
-        "<script type=module src='file=x/javascript/locon.mjs'></script>"
+        + "".join(f"<script type=module src='file=x/javascript/{name}?17.5'></script>" for name in sorted(parts))
     )
     page = chromium.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
     page.route("http://host.test/**", lambda route: route.fulfill(
-        body=parts.get(route.request.url.rpartition("/")[2], host),
-        content_type="text/javascript" if route.request.url.endswith(".mjs") else "text/html",
+        body=parts.get(route.request.url.rpartition("/")[2].partition("?")[0], host),
+        content_type="text/javascript" if ".mjs" in route.request.url else "text/html",
     ))  # fmt: skip
     page.goto("http://host.test/")
     area = page.locator("textarea").first
@@ -313,6 +315,8 @@ def test_the_html_that_the_host_would_show(chromium: Browser, address: str, fold
         assert area.input_value() == "cat"
     assert page.locator("img[src='x']").count() == 0
     assert page.evaluate("window.wrong") is None
+    fetched = [url.rpartition("/")[2] for url in asked if ".mjs" in url]
+    assert sorted(fetched) == [f"{name}?17.5" for name in sorted(parts)], "each once, none from an older version"
     assert unescape(cards).count(str(folder / f"{UNUSABLE}.safetensors")) >= 1
     page.close()
 
@@ -575,6 +579,7 @@ def test_a_card_is_made_anew_after_an_edit(chromium: Browser, address: str, fold
     page = chromium.new_page()
     page.route("http://host.test/**", served)
     page.goto("http://host.test/")
+    page.wait_for_function("window.loconSaved !== undefined")
     for name in (STRANGE, ONE):
         file = folder / f"{name}.json"
         before = file.read_bytes() if file.exists() else None

@@ -85,7 +85,7 @@ def test_page_and_its_parts(served: Client) -> None:
     parts = ["/page.css", *(f"/{path.name}" for path in FILES.glob("*.mjs")), *added(served)]
     for path in ["/", "/?x", *parts]:
         status, headers, content = served.raw("GET", path)
-        kind = {".mjs": "text/javascript", ".css": "text/css"}.get(Path(path).suffix, "text/html")
+        kind = {".mjs": "text/javascript", ".css": "text/css"}.get(Path(path.partition("?")[0]).suffix, "text/html")
         assert (status, headers.get_content_type()) == (200, kind)
         assert "default-src 'none'" in headers["Content-Security-Policy"]
         assert "unsafe" not in headers["Content-Security-Policy"]
@@ -104,7 +104,9 @@ def test_scripts_and_styles_of_the_extension(served: Client) -> None:
     """Fact: "`.mjs` are served as modules, each also as its own `<script>` tag." """
     root = "/file=extensions/sd-webui-locon"
     scripts = ("locon", "locon_completion", "locon_tags", "locon_texts")
-    assert added(served) == [*(f"{root}/javascript/{name}.mjs" for name in scripts), f"{root}/style.css"]
+    files = {f"{root}/javascript/{name}.mjs": f"javascript/{name}.mjs" for name in scripts}
+    files[f"{root}/style.css"] = "style.css"
+    assert added(served) == [f"{address}?{(CHECKOUT / path).stat().st_mtime}" for address, path in files.items()]
     for other in ("/install.py", "/javascript/../install.py", "/../../etc/passwd", ""):
         assert served.raw("GET", root + other)[0] == 404
 
@@ -332,7 +334,15 @@ def test_taken_port(served: Client, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGINT to send")
 def test_ctrl_c_ends_quietly() -> None:
     command = [sys.executable, "-m", "extensions_builtin_shim", "--port", "0"]
-    page = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    page = subprocess.Popen(
+        command,
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell makes what it runs in the background, these tests perhaps, deaf to it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert page.stdout is not None
     assert page.stdout.readline().startswith("http://127.0.0.1:")
     page.send_signal(signal.SIGINT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,12 +68,21 @@ def front_page(webui: Webui, fields: Fields) -> Answer:
     del webui, fields
     added = [
         f'<script type="module" src="{escape(address)}"></script>'
-        if address.endswith(".mjs")
+        if path.suffix == ".mjs"
         else f'<link rel="stylesheet" href="{escape(address)}">'
-        for address in (quote(address, safe="/=") for address in _extension_files())
+        for path, address in (
+            (path, f"{quote(address, safe='/=')}?{path.stat().st_mtime}")
+            for address, path in _extension_files().items()
+        )
     ]
     page = (FILES / "page.html").read_text(encoding="utf-8")
     return Answer(page.replace(_HEAD, "\n  ".join(added)).encode(), KINDS[".html"])
+
+
+def _addresses() -> Iterator[tuple[str, Path]]:
+    """With the time of its last change each, as the host writes them: a browser keeps no older version then."""
+    for address, path in _extension_files().items():
+        yield f"{quote(address, safe='/=')}?{path.stat().st_mtime}", path
 
 
 def extension_file(path: str) -> Answer | None:
