@@ -191,6 +191,14 @@ def test_beside_an_axis_of_the_hosts(webui: Any) -> None:
 # ---- what may be written
 
 
+def test_a_strength_follows_its_tag_to_another_adapter(webui: Any) -> None:
+    prompt = "a cat <lora:tiny_lora:0.3> <lora:tiny_loha:1>"
+    adapters, strengths = (ADAPTER, "None, tiny_locon"), (STRENGTH, "tiny_lora: 0.5, 1")
+    wanted = ["", "", "<lora:tiny_locon:0.5>", "<lora:tiny_locon:1>"]
+    wanted = [f"a cat {first} <lora:tiny_loha:1>" for first in wanted]
+    assert sorted(cells(prompt, adapters, strengths)) == sorted(cells(prompt, strengths, adapters)) == sorted(wanted)
+
+
 def test_the_values_of_a_strength(webui: Any) -> None:
     from lib_locon.hosts.xyz import listed
 

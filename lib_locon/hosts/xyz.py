@@ -51,6 +51,9 @@ class _Cell:
 
     off: bool = False
     """The adapter was taken out: its strength must not go to the next tag."""
+    was: str = ""
+    now: str = ""
+    """The adapter that was taken out or replaced, and the one in its place: a strength for the old name is for it."""
     waiting: tuple[edit.Change, ...] = ()
     """For the adapter that is yet to come."""
 
@@ -114,10 +117,11 @@ class Axes:
         cell = _cell(p)
         first = None if cell.off else edit.first_tag(_prompt(p))
         if name == OFF:
-            p.locon_cell = replace(cell, off=True)
+            p.locon_cell = replace(cell, off=True, was=first.name if first is not None else "")
             if first is not None:
                 _in_prompts(p, first.name, edit.without)
         elif first is not None:
+            p.locon_cell = replace(cell, was=first.name, now=name)
             _in_prompts(p, first.name, lambda text, tag: edit.renamed(text, tag, name))
         else:
             weight = edit.strength(str(shared.opts.extra_networks_default_multiplier))
@@ -151,9 +155,11 @@ class Axes:
 
     def _change(self, p: Any, name: str, change: edit.Change) -> None:
         cell = _cell(p)
-        if cell.off and not name:
-            return
         first = edit.first_tag(_prompt(p), name)
+        if cell.off and (not name or (first is None and name == cell.was)):
+            return
+        if first is None and name and name == cell.was:
+            first = edit.first_tag(_prompt(p), cell.now)
         if first is not None:
             presets = self._presets()
             _in_prompts(p, first.name, lambda text, tag: edit.changed(text, tag, change, presets))
