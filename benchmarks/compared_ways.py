@@ -22,9 +22,6 @@ import lib_locon
 from benchmarks import adapters
 from benchmarks.memory import available
 from benchmarks.models import random_model, skeleton
-from lib_locon.files.pristine import CheckpointSource
-from lib_locon.files.reader import SafetensorsFile
-from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.store import BaseStore
 
@@ -152,8 +149,8 @@ class OursCheckpoint(OursRam):
         os.utime(self.checkpoint, ns=(0, 0))  # a file of this very second is not relied on
 
     def store(self) -> BaseStore:
-        file = SafetensorsFile(self.checkpoint)
-        return BaseStore("checkpoint", CheckpointSource(file, checkpoint_keys(self.session.table.shapes, file.entries)))
+        self.session.read_bases_from(self.checkpoint)
+        return BaseStore("checkpoint", self.session.engine.store.source)
 
 
 def need(extra: int, what: str) -> None:

@@ -33,10 +33,7 @@ import lib_locon
 from benchmarks import adapters
 from benchmarks.memory import anonymous, settle, watch
 from benchmarks.models import DTYPES, MODELS, random_model
-from lib_locon.files.pristine import CheckpointSource
-from lib_locon.files.reader import SafetensorsFile
-from lib_locon.models.checkpoint_keys import checkpoint_keys
-from lib_locon.patching.store import BaseStore, Policy
+from lib_locon.patching.store import Policy
 
 BARS: dict[str, float] = {"ram": 1.1, "checkpoint": 0.1}
 DRIFT = 0.01  # of the touched bytes: what allocators move to and fro
@@ -97,9 +94,9 @@ def _policy(
     model: nn.Module, policy: Policy, path: Path, touched: int, switches: int, bar: float | None
 ) -> dict[str, Any]:
     session = lib_locon.Session(model)
-    file = SafetensorsFile(path)
-    source = CheckpointSource(file, checkpoint_keys(session.table.shapes, file.entries))
-    session.engine.store = store = BaseStore(policy, source)
+    session.read_bases_from(path)
+    store = session.engine.store
+    store.policy = policy
     settle()
     rest = anonymous() or 0
     with watch() as peak:

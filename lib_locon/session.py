@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -13,8 +14,11 @@ from lib_locon.errors import LoconError
 from lib_locon.families import combine
 from lib_locon.families.layer import Layer
 from lib_locon.files.adapter import Adapter
+from lib_locon.files.pristine import CheckpointSource
+from lib_locon.files.reader import SafetensorsFile
 from lib_locon.matching import Match, Matched, match
 from lib_locon.models.blocks import place_of
+from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Patch, make_plan
@@ -93,6 +97,14 @@ class Session:
     def side(self) -> SidePath:
         """What runs beside the layers."""
         return self._state.side
+
+    def read_bases_from(self, checkpoint: Path) -> None:
+        """Lets pristine weights be read back from the file that the model came from. Raises FileError if it cannot be.
+
+        No weight is taken from there that was not found equal to the model's, bit for bit, before its first change.
+        """
+        file = SafetensorsFile(checkpoint)
+        self.engine.store.source = CheckpointSource(file, checkpoint_keys(self.table.shapes, file.entries))
 
     def apply(self, uses: Sequence[Use]) -> Report:
         """Makes the model hold base + Σ strength · ΔW of these, whatever it held before.

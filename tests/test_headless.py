@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -264,6 +265,69 @@ def test_a_refiner_holds_what_the_prompt_asks_for(started: Launch, kept: bool) -
 
 def _weights(model: TinySD) -> dict[str, Any]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+OUTER = ("cat", "cat <lora:tiny_lora:1>", "cat <lora:tiny_lora:0@1,1@0.2> <lora:tiny_loha:0.5>")
+INNER = ("dog", "dog <lora:tiny_locon:1>", "cat <lora:tiny_lora:0.3>")
+
+
+@pytest.mark.parametrize("place", ["before the text is encoded", "before the first step", "in the middle"])
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_job_goes_on_after_another_inside_it(started: Launch, outer: str, place: str) -> None:
+    """Fact: a script may run a job within its own callbacks; the host applies the outer one's tags only once."""
+    started()
+    from modules import processing, script_callbacks
+
+    def image(prompt: str, scripts: Any = None) -> bytes:
+        p = processing.StableDiffusionProcessingTxt2Img(prompt=prompt, seed=1, steps=4, scripts=scripts)
+        return bytes(processing.process_images(p).images[0].tobytes())
+
+    alone = {prompt: image(prompt) for prompt in (outer, *INNER)}
+    made: list[bytes] = []
+
+    def inner(*_: Any, **__: Any) -> None:
+        made.extend(image(prompt) for prompt in INNER)
+
+    def at_step(params: Any) -> None:
+        if not made and params.sampling_step == (2 if place == "in the middle" else 0):
+            made.append(b"")  # the inner jobs come here too
+            inner()
+
+    if place == "before the text is encoded":
+        found = image(outer, SimpleNamespace(process_batch=inner))
+    else:
+        script_callbacks.on_cfg_denoiser(at_step)
+        found = image(outer)
+        script_callbacks.remove_callbacks_for_function(at_step)
+    assert [each for each in made if each] == [alone[prompt] for prompt in INNER]
+    assert found == alone[outer]
+    assert {prompt: image(prompt) for prompt in alone} == alone
+
+
+def test_a_job_that_goes_on_keeps_what_others_set(started: Launch) -> None:
+    webui = started()
+    import networks
+    from modules import processing
+
+    class Scripts:
+        def __init__(self, inner: str) -> None:
+            self.inner = inner
+
+        def process_batch(self, p: Any, **_: Any) -> None:
+            del p
+            networks.loaded_networks[0].unet_multiplier = networks.loaded_networks[0].te_multiplier = 0.25
+            if self.inner:
+                webui.generate(self.inner, steps=1)
+
+    def image(inner: str) -> Any:
+        p = processing.StableDiffusionProcessingTxt2Img(
+            "cat <lora:tiny_lora:1>", seed=1, steps=2, scripts=Scripts(inner)
+        )
+        return processing.process_images(p).images[0].tobytes()
+
+    wanted = image("")
+    assert wanted != generate(webui, "cat <lora:tiny_lora:1>").image.tobytes()
+    assert image("dog") == image("dog <lora:tiny_loha:1>") == wanted
 
 
 def test_other_weights_in_the_same_model(started: Launch) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from extensions_builtin_shim.tiny_sd import TinySD, sample, to_image
 
-from . import extra_networks, sd_models
+from . import extra_networks, sd_models, shared
 from ._absent import absent
 from .sd_samplers_cfg_denoiser import CFGDenoiser
 from .shared import opts, state
@@ -37,13 +39,18 @@ class StableDiffusionProcessing:
     disable_extra_networks: bool = False
     comments: dict[str, int] = field(default_factory=dict)
     extra_generation_params: dict[str, object] = field(default_factory=dict)
-    scripts: None = None
+    scripts: Any = None
     iteration: int = 0
     all_prompts: list[str] = field(default_factory=list)
     all_seeds: list[int] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     extra_network_data: dict[str, list[extra_networks.ExtraNetworkParams]] = field(default_factory=dict)
+    # what was encoded last and for what; kept for one job, as the host does with `persistent_cond_cache` off
+    cached_c: list[Any] = field(default_factory=lambda: [None, None])
+    cached_uc: list[Any] = field(default_factory=lambda: [None, None])
+    c: Tensor | None = None
+    uc: Tensor | None = None
 
     @property
     def sd_model(self) -> TinySD:
@@ -66,6 +73,28 @@ class StableDiffusionProcessing:
     def parse_extra_network_prompts(self) -> None:
         """Takes the tags out of this batch's prompts; the first prompt's tags are the batch's."""
         self.prompts, self.extra_network_data = extra_networks.parse_prompts(self.prompts)
+
+    def setup_conds(self) -> None:
+        """Encodes this batch's prompts: `c` (B, L, C), and the negative one: `uc` (1, L, C)."""
+        networks = self.extra_network_data
+        self.uc = self.get_conds_with_caching(_encode, [self.negative_prompt], self.steps, [self.cached_uc], networks)
+        self.c = self.get_conds_with_caching(_encode, self.prompts, self.steps, [self.cached_c], networks)
+
+    def get_conds_with_caching(
+        self,
+        function: Callable[[TinySD, list[str], int], Tensor],
+        required_prompts: list[str],
+        steps: int,
+        caches: list[list[Any]],
+        extra_network_data: dict[str, list[extra_networks.ExtraNetworkParams]],
+    ) -> Tensor:
+        """`function` of the model, the prompts and the steps, unless a cache has it for the same prompts and tags."""
+        wanted = (required_prompts, steps, shared.sd_model, extra_network_data)
+        for known, result in caches:
+            if known == wanted:
+                return cast("Tensor", result)
+        caches[0][:] = wanted, function(shared.sd_model, required_prompts, steps)
+        return cast("Tensor", caches[0][1])
 
 
 class StableDiffusionProcessingTxt2Img(StableDiffusionProcessing):
@@ -116,7 +145,10 @@ def process_images_inner(p: StableDiffusionProcessing) -> Processed:
         if not p.disable_extra_networks:
             extra_networks.activate(p, p.extra_network_data)
         timer.record("activate")
-        images += [_sample(p, prompt, seed) for prompt, seed in zip(p.prompts, p.seeds, strict=True)]
+        if p.scripts is not None:
+            p.scripts.process_batch(p, batch_number=iteration, prompts=p.prompts, seeds=p.seeds)
+        p.setup_conds()
+        images += [_sample(p, index) for index in range(len(p.prompts))]
         timer.record("sample")
         infotexts += [_infotext(p, index) for index in range(len(infotexts), len(images))]
         state.nextjob()
@@ -139,9 +171,16 @@ def _overridden(settings: dict[str, object]) -> Iterator[None]:
             opts.set(key, value)
 
 
-def _sample(p: StableDiffusionProcessing, prompt: str, seed: int) -> Image.Image:
-    model = p.sd_model
-    denoiser = CFGDenoiser(p, model, prompt)
+def _encode(model: TinySD, prompts: list[str], steps: int) -> Tensor:
+    del steps  # the host's prompts can change from step to step
+    with torch.no_grad():
+        return model.learned_conditioning(prompts)
+
+
+def _sample(p: StableDiffusionProcessing, index: int) -> Image.Image:
+    assert p.c is not None and p.uc is not None
+    model, context = p.sd_model, torch.cat([p.c[index : index + 1], p.uc])
+    denoiser = CFGDenoiser(p, model, context)
 
     def on_step(step: int, steps: int, latents: Tensor) -> None:
         state.sampling_step, state.sampling_steps = step, steps
@@ -150,9 +189,7 @@ def _sample(p: StableDiffusionProcessing, prompt: str, seed: int) -> Image.Image
         denoiser.announce(step, steps, latents)
 
     try:
-        picture = sample(
-            model, prompt, p.negative_prompt, seed=seed, steps=p.steps, guidance=p.cfg_scale, on_step=on_step
-        )
+        picture = sample(model, context, seed=p.seeds[index], steps=p.steps, guidance=p.cfg_scale, on_step=on_step)
     except _Interrupted as stopped:
         picture = model.first_stage_model.decode(stopped.latents).clamp(0, 1)
     return to_image(picture)

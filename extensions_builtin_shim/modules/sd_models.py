@@ -52,7 +52,7 @@ def load_model() -> TinySD:
     model = model_data.make()
     model_data.set_sd_model(model)
     script_callbacks.model_loaded_callback(model)
-    get_empty_cond(model)
+    model.cond_stage_model_empty_prompt = get_empty_cond(model)
     return model
 
 

@@ -51,7 +51,7 @@ def guided_noise(model: TinySD, x: Tensor, t: int, context: Tensor, guidance: fl
 @torch.no_grad()
 def sample(
     model: TinySD,
-    prompt: str | Sequence[str],
+    prompt: str | Sequence[str] | Tensor,
     negative_prompt: str = "",
     *,
     seed: int,
@@ -62,13 +62,18 @@ def sample(
 ) -> Tensor:
     """Pictures (B, 3, H, W) fp32, 0 to 1. Picture i is that of `seed + i`, and of prompt i where several are given.
 
+    Prompts may be encoded already, (2B, L, C): the B of them, then their negative ones.
+
     `on_step(step, steps, latents)` runs before each step, from 0, with latents (B, C, H, W): weights changed there
     count from that step on, and whatever it raises ends the sampling. The text is encoded once, at the start.
     """
     plan = timesteps(steps)
-    prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
-    x = initial_noise(model, seed, len(prompts))
-    context = model.learned_conditioning([*prompts, *[negative_prompt] * len(prompts)])
+    if isinstance(prompt, Tensor):
+        context = prompt
+    else:
+        prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
+        context = model.learned_conditioning([*prompts, *[negative_prompt] * len(prompts)])
+    x = initial_noise(model, seed, len(context) // 2)
     alphas = [float(model.alphas_cumprod[t]) for t in plan] + [1.0]
     for step, t in enumerate(plan):
         if on_step is not None:

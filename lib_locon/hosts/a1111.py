@@ -13,9 +13,11 @@ from torch import nn
 
 from lib_locon.hosts import takeover
 from lib_locon.hosts.arrivals import Arrivals
+from lib_locon.hosts.asked import Asked
 from lib_locon.hosts.legacy_api import Legacy
 from lib_locon.hosts.options import number, value
 from lib_locon.hosts.rivals import Rivals
+from lib_locon.hosts.runs import Runs
 from lib_locon.hosts.services import Services
 from lib_locon.hosts.webui import Webui, log
 from lib_locon.library import Library
@@ -52,6 +54,7 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
         params_list = _services.with_chosen(p, params_list)
         if not params_list and not _webui.active:
             _webui.nothing()
+            _runs.asked(p)
             _services.told(p, Report(), hires=hires)
             return  # `shared.sd_model` loads a model where there is none: not for a prompt that asks for nothing
         tags = [("lora", [str(item) for item in params.items]) for params in params_list]
@@ -61,6 +64,7 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
         _step_last()
         comment = getattr(p, "comment", _no_comment)
         report = _webui.activate(model, tags, comment, checkpoint, seed=_seed(p), hires=hires)
+        _runs.asked(p)
         _services.told(p, report, hires=hires)
         if _webui.text_changed:
             _forget_encoded(p)
@@ -68,6 +72,7 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
     def deactivate(self, p: Any) -> None:
         """The weights stay patched: the next run's `activate` changes them, or finds them right and has no work."""
         _webui.finished()
+        _runs.finished(p)
 
 
 def register() -> None:
@@ -86,6 +91,8 @@ def register() -> None:
     script_callbacks.on_model_loaded(_arrivals.watch)
     script_callbacks.on_script_unloaded(_arrivals.remove)
     script_callbacks.on_cfg_denoiser(_before_step)
+    _runs.watch()
+    script_callbacks.on_script_unloaded(_runs.remove)
 
 
 def _checkpoint(model: Any) -> Path | None:
@@ -127,6 +134,13 @@ def _model() -> tuple[nn.Module, Path | None]:
     return shared.sd_model, _checkpoint(shared.sd_model)
 
 
+def _resume(p: Any, asked: Asked | None) -> None:
+    """The host goes on with a job that another one interrupted."""
+    _webui.resume(asked, *_model())
+    if _webui.text_changed:
+        _forget_encoded(p)
+
+
 def _show_log() -> None:
     """Makes our lines visible: the host shows nothing below a warning unless it was started with --loglevel."""
     host_has_levels = importlib.util.find_spec("modules.logging_config") is not None
@@ -157,7 +171,8 @@ cards = _services.cards.cards
 """The adapters' cards, with what is known of their files."""
 legacy = Legacy(_webui, library, _model, _services.known_hash)
 """What stands behind the names of the built-in's that other extensions use."""
-_arrivals = Arrivals(lambda model: _webui.arrived(model, _checkpoint(model)))
+_arrivals = Arrivals(lambda model: _webui.encodes(model, _checkpoint(model)))
+_runs = Runs(lambda: _webui.asked, _resume)
 _rivals = Rivals(LoconNetwork, _webui.release)
 _places = takeover.Places(_webui.loaded, legacy.functions(), LoconNetwork)
 
@@ -171,6 +186,7 @@ def _folders() -> list[Path]:
 def _before_step(params: Any) -> None:
     """Called before each call of the denoising network; samplers of a higher order call it more than once a step."""
     _services.infotext.fill()
+    _runs.goes_on(getattr(params.denoiser, "p", None))
     model = shared.sd_model
     _webui.arrived(model, _checkpoint(model))
     _webui.step(model, params.sampling_step, params.total_sampling_steps)

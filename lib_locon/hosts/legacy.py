@@ -50,7 +50,7 @@ class Names(Protocol):
 
 
 @dataclass(eq=False)
-class _Shown:
+class Shown:
     """An object, the use that it stands for, what we wrote into it, and what has been set by somebody else since."""
 
     network: Any
@@ -109,19 +109,22 @@ class LoadedNetworks:
         self.names: Names | None = None
         self.touched = False
         """Whether anything was changed from outside since the last `show`."""
-        self._shown: list[_Shown] = []
+        self._shown: list[Shown] = []
 
-    def show(self, uses: Sequence[Use], model: nn.Module, session: Session) -> list[Use]:
-        """Puts an object for each use in the place of those before. Returns what to apply, as `adjusted`."""
+    def show(self, uses: Sequence[Use], model: nn.Module, session: Session, shown: list[Shown]) -> list[Use]:
+        """Puts an object for each use in the place of those before. Returns what to apply, as `adjusted`.
+
+        The objects are put into `shown`, or come from there, as others left them, where it holds them already.
+        """
         self.touched = False
-        self._shown = []
+        self._shown = shown
         if self.names is None:
             return list(uses)
-        for use in uses:
-            shown = _Shown(_blank(self.names, use), use)
-            _set(shown.network, "modules", LiveModules(shown.network, shown.now, model, session))
-            self._shown.append(shown)
-        networks = [shown.network for shown in self._shown]
+        for use in uses if not shown else ():
+            each = Shown(_blank(self.names, use), use)
+            _set(each.network, "modules", LiveModules(each.network, each.now, model, session))
+            shown.append(each)
+        networks = [each.network for each in shown]
         self.names.loaded[:] = networks
         self.names.in_memory.clear()
         self.names.in_memory.update({network.name: network for network in networks})

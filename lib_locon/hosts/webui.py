@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -12,16 +11,13 @@ from pathlib import Path
 from torch import nn
 
 from lib_locon.errors import LoconError
-from lib_locon.files.pristine import CheckpointSource
-from lib_locon.files.reader import SafetensorsFile
+from lib_locon.hosts.asked import Asked, on_text
 from lib_locon.hosts.embeddings import BundledEmbeddings
 from lib_locon.hosts.legacy import LoadedNetworks
-from lib_locon.hosts.scheduled import Scheduled
+from lib_locon.hosts.sessions import Sessions
 from lib_locon.library import Library, without_folder, without_folders
-from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.patching.rounding import Rounding
-from lib_locon.patching.store import PristineSource, policy_named
-from lib_locon.prompt.blocks import BASE, T5
+from lib_locon.patching.store import policy_named
 from lib_locon.prompt.grammar import Parsed, parse_tag
 from lib_locon.prompt.presets import BUILT_IN
 from lib_locon.prompt.request import Problem, Request
@@ -60,19 +56,18 @@ class Webui:
         self._presets_text = ""
         self._suspended = False
         self._step = (0, 1)
-        self._scheduled: Scheduled | None = None
+        self.asked: object = None
+        """What the last `activate` was told to do: an Asked, or None for nothing; at the end of a run, no job's."""
+        self._scheduled: Asked | None = None
         self._in_use: weakref.ref[nn.Module] | None = None
         """The model that the run is at, while there is one."""
-        self._sessions: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._sessions = Sessions()
         self._on_text: weakref.WeakKeyDictionary[nn.Module, object] = weakref.WeakKeyDictionary()
 
     @property
     def active(self) -> bool:
         """Whether any model holds, or may hold, anything of an adapter."""
-        with self._lock:  # the page and programs ask while images are made
-            sessions = list(self._sessions.values())
-        return self.embeddings.active or any(session.active for session in sessions)
+        return self.embeddings.active or self._sessions.active
 
     def use_folders(self, folders: Iterable[Path], *, allow_pickle: bool) -> None:
         """Where the host keeps adapters, and whether pickled files count."""
@@ -128,27 +123,9 @@ class Webui:
         """As `activate`, for requests that were read already; `bad` and `warnings` came of the reading."""
         found, missing = find(requests, self.library, self.cache)
         uses = found.at(hires=hires)
-        now = Scheduled(weakref.ref(model), found, uses, hires, comment, checkpoint, found.scheduled)
-        self._scheduled = now if uses else None
-        self._suspended, self._step, self._in_use = False, (0, 1), weakref.ref(model)
-        problems = [*bad, *missing]
-        try:
-            session = self._ready(model, checkpoint)
-            uses = self.loaded.show(uses, model, session)
-            report = session.apply(uses)
-            if report.written:
-                log.info("%s", session.engine.store.report())
-        except Exception as error:
-            if not isinstance(error, LoconError):
-                log.exception("an error in sd-webui-locon itself")
-            report = Report()
-            self._scheduled = None
-            self.loaded.clear()
-            uses, problems = [], [*problems, Problem(f"no adapter is in this image: {_what(error, checkpoint)}")]
-        on_text = (self.rounding, *map(_on_text, uses)) if uses else ()
-        self.text_changed = self._on_text.get(model, ()) != on_text
-        self._on_text[model], self.used = on_text, tuple(uses)
-        problems += map(Problem, self.embeddings.use([use.adapter for use in uses], model))
+        self.asked = now = Asked(weakref.ref(model), found, uses, hires, comment, checkpoint, found.scheduled)
+        report, problems = self._begin(now, model)
+        problems = [*bad, *missing, *problems]
         self.last_report = report = Report(report.adapters, tuple(problems), report.written, tuple(warnings))
         for line in report.lines(self.comments):
             comment(line)
@@ -159,10 +136,48 @@ class Webui:
             log.log(logging.INFO if quiet else logging.WARNING, "%s", problem)
         return report
 
+    def resume(self, asked: Asked | None, model: nn.Module, checkpoint: Path | None) -> None:
+        """Makes `model` hold again what an earlier `use` asked for; None: the nothing of `nothing`.
+
+        For a run that goes on after another one came between. Says nothing but what fails now.
+        """
+        if asked is None:
+            self.use(model, (), lambda _: None, checkpoint)
+        else:
+            _, problems = self._begin(replace(asked, model=weakref.ref(model), checkpoint=checkpoint), model)
+            for problem in problems:
+                log.warning("%s", problem)
+                asked.comment(str(problem))
+        self.asked = asked
+
+    def _begin(self, now: Asked, model: nn.Module) -> tuple[Report, list[Problem]]:
+        """Applies the set of the first step. Where that fails, the model holds its base."""
+        self._scheduled = now if now.uses else None
+        self._suspended, self._step, self._in_use = False, (0, 1), now.model
+        uses, report = now.uses, Report()
+        problems: list[Problem] = []
+        try:
+            session = self._ready(model, now.checkpoint)
+            uses = self.loaded.show(uses, model, session, now.shown)
+            report = session.apply(uses)
+            if report.written:
+                log.info("%s", session.engine.store.report())
+        except Exception as error:
+            if not isinstance(error, LoconError):
+                log.exception("an error in sd-webui-locon itself")
+            self._scheduled = None
+            self.loaded.clear()
+            uses, problems = [], [Problem(f"no adapter is in this image: {_what(error, now.checkpoint)}")]
+        text = (self.rounding, *map(on_text, uses)) if uses else ()
+        self.text_changed = self._on_text.get(model, ()) != text
+        self._on_text[model], self.used = text, tuple(uses)
+        return report, [*problems, *map(Problem, self.embeddings.use([use.adapter for use in uses], model))]
+
     def nothing(self) -> None:
         """An image without tags is made, with a model that holds nothing of ours."""
         self.last_report, self.used = Report(), ()
         self.finished()
+        self.asked = None
         self.loaded.clear()
 
     def step(self, model: nn.Module, step: int, steps: int) -> None:
@@ -175,6 +190,15 @@ class Webui:
         now = self._scheduled
         if now is not None and not self._suspended and now.model() is model:
             self._follow(now, model)
+
+    def encodes(self, model: nn.Module, checkpoint: Path | None) -> None:
+        """To be called before `model` encodes a prompt: what others have set by then acts there too."""
+        self.arrived(model, checkpoint)
+        now = self._scheduled
+        if now is not None and not self._suspended and now.model() is model:
+            uses = now.found.at(*self._step, hires=now.hires) if now.by_step else now.uses
+            if self.loaded.adjusted(uses) is not uses:
+                self._follow(now, model)
 
     def arrived(self, model: nn.Module, checkpoint: Path | None) -> None:
         """Makes `model` hold what the run asks for, where the host went on with it, or with other weights in it.
@@ -204,13 +228,13 @@ class Webui:
     def suspend(self) -> None:
         """Gives the model of the pass its base back until `follow`, or until the next `activate`."""
         model = self._scheduled.model() if self._scheduled is not None else None
-        session = self._sessions.get(model) if model is not None else None
+        session = self._sessions.known(model) if model is not None else None
         if session is not None and session.active:
             session.restore()
             self._suspended = True
 
-    def _follow(self, now: Scheduled, model: nn.Module, *, anew: bool = False) -> None:
-        session = self._sessions.get(model)
+    def _follow(self, now: Asked, model: nn.Module, *, anew: bool = False) -> None:
+        session = self._sessions.known(model)
         if session is None:
             return
         step, steps = self._step
@@ -231,6 +255,7 @@ class Webui:
     def finished(self) -> None:
         """The run is over. What its last step left is changed, or found right, by the next `activate`."""
         self._scheduled = self._in_use = None
+        self.asked = object()  # what it asked for holds adapters in memory
 
     def _ready(self, model: nn.Module, checkpoint: Path | None) -> Session:
         session = self.session(model, checkpoint)
@@ -241,55 +266,24 @@ class Webui:
 
     def session(self, model: nn.Module, checkpoint: Path | None = None) -> Session:
         """The model's session, made at its first use, and again after the host loaded weights into the model."""
-        with self._lock:
-            session = self._sessions.get(model)
-            if session is None:
-                session = self._sessions[model] = Session(model)
-                session.engine.store.source = _source(session, checkpoint)
-            return session
+        return self._sessions.of(model, checkpoint)
 
     def session_of(self, model: nn.Module) -> Session | None:
         """The model's session, where it was used already."""
-        with self._lock:
-            return self._sessions.get(model)
+        return self._sessions.known(model)
 
     def model_loaded(self, model: nn.Module) -> None:
         """The host loaded weights into `model`, new or known. Its modules may be others now, so look at it anew."""
-        with self._lock:
-            session = self._sessions.pop(model, None)
-        if session is not None:
-            session.restore()  # what was loaded anew is left alone; after a change of the VAE alone, patches come off
+        self._sessions.forget(model)  # after a change of the VAE alone, patches come off
 
     def release(self) -> None:
         """Gives every model its base back and forgets it."""
-        self._scheduled = self._in_use = None
+        self._scheduled = self._in_use = self.asked = None
         self.loaded.clear()
-        with self._lock:
-            sessions = list(self._sessions.values())
-        for session in sessions:
-            session.restore()
-        with self._lock:
-            self._sessions.clear()
+        self._sessions.clear()
 
 
 def _what(error: Exception, checkpoint: Path | None) -> str:
     """For everybody's eyes: without the folders that files lie in."""
     what = str(error) or type(error).__name__
     return without_folders(what if checkpoint is None else without_folder(what, checkpoint))
-
-
-def _on_text(use: Use) -> tuple[object, ...]:
-    """All of a use that can change a text encoder; comparable."""
-    mine = use.strengths
-    blocks = None if mine.blocks is None else (mine.blocks.of(BASE), mine.blocks.of(T5))
-    return use.adapter.identity, use.dyn, mine.te, mine.encoders, blocks, mine.elements, mine.layers
-
-
-def _source(session: Session, checkpoint: Path | None) -> PristineSource | None:
-    """The checkpoint file as a place to read weights back from; None for a pickled one, or where there is none."""
-    try:
-        file = SafetensorsFile(checkpoint) if checkpoint is not None else None
-        return CheckpointSource(file, checkpoint_keys(session.table.shapes, file.entries)) if file else None
-    except LoconError as error:
-        log.info("weights will be copied to RAM: %s", error)
-        return None
