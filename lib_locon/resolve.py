@@ -27,20 +27,35 @@ class AdapterCache:
         self.most = most
         self.allow_pickle = allow_pickle
         self._lock = threading.Lock()
+        """Of the two below; held for no longer than it takes to look. The page asks while large files are read."""
+        self._reading = threading.Lock()
         self._adapters: OrderedDict[FileIdentity, Adapter] = OrderedDict()
         self._in_use: weakref.WeakValueDictionary[FileIdentity, Adapter] = weakref.WeakValueDictionary()
 
     def read(self, path: Path) -> Adapter:
         """The adapter at `path`. Raises FileError."""
         identity = FileIdentity.of(path)
+        adapter = self._kept(identity)
+        if adapter is None:
+            with self._reading:
+                adapter = self._kept(identity)  # somebody else may have read it meanwhile
+                if adapter is None:
+                    adapter = read_adapter(path, allow_pickle=self.allow_pickle)
+                    self._keep(identity, adapter)
+        return adapter
+
+    def _kept(self, identity: FileIdentity) -> Adapter | None:
         with self._lock:
             adapter = self._in_use.get(identity)
-            if adapter is None:
-                adapter = self._in_use[identity] = read_adapter(path, allow_pickle=self.allow_pickle)
-            self._adapters[identity] = adapter
+        if adapter is not None:
+            self._keep(identity, adapter)
+        return adapter
+
+    def _keep(self, identity: FileIdentity, adapter: Adapter) -> None:
+        with self._lock:
+            self._in_use[identity] = self._adapters[identity] = adapter
             self._adapters.move_to_end(identity)
             self._trim()
-        return adapter
 
     def keep(self, most: int) -> None:
         """Changes how many are kept."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from lib_locon.errors import FileError, UnknownName
+from lib_locon.files.adapter import Adapter, read_adapter
 from lib_locon.files.hashes import hashes_of
 from lib_locon.files.reader import FileIdentity
 from lib_locon.library import Library, without_folders
@@ -354,6 +357,27 @@ def test_what_is_in_use_is_not_read_anew_however_few_are_kept(shelf: Shelf) -> N
     gone = weakref.ref(used)
     del used
     assert gone() is None
+
+
+def test_nobody_waits_for_a_file_that_another_one_reads(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, slow, known = AdapterCache(), shelf.put("slow"), shelf.put("known")
+    held, reading, go = cache.read(known), threading.Event(), threading.Event()
+    read: list[Path] = []
+
+    def slowly(path: Path, *, allow_pickle: bool) -> Adapter:
+        read.append(path)
+        reading.set()
+        assert go.wait(30)
+        return read_adapter(path, allow_pickle=allow_pickle)
+
+    monkeypatch.setattr("lib_locon.resolve.read_adapter", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        both = [pool.submit(cache.read, slow) for _ in range(2)]
+        assert reading.wait(30)
+        assert pool.submit(lambda: (cache.keep(4), cache.read(known))[1]).result(30) is held
+        go.set()
+        assert both[0].result(30) is both[1].result(30)
+    assert read == [slow]
 
 
 def test_a_file_that_goes_away_is_an_error_in_spite_of_the_cache(shelf: Shelf) -> None:
