@@ -80,12 +80,6 @@ class Card:
         name = self.name.rpartition("/")[2].lower()
         return {"date_created": self.created, "date_modified": modified, "name": name, "path": str(self.path).lower()}
 
-    def inserted(self, default_weight: float) -> str:
-        """What a click puts into the prompt."""
-        weight = self.user.preferred_weight or default_weight
-        parts = (f"<lora:{self.tag}:{weight:g}>" if self.tag else "", self.user.activation_text)
-        return " ".join(part for part in parts if part)
-
 
 def fits(base: str, model_base: str) -> bool | None:
     """Whether an adapter for `base` is for a model of this family; None where one of them cannot be told."""

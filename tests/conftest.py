@@ -32,6 +32,12 @@ WriteAdapter = Callable[..., Path]
 WriteRaw = Callable[..., Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """How sums are split, and so how they round, depends on the number of threads; such small models gain nothing."""
+    torch.set_num_threads(1)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Skips what a torch as old as the webui's cannot do itself on the CPU: run a layer in fp16."""

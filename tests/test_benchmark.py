@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,10 @@ ASKED = ["locon-r8", "remove", "same"]
 MODULES = {"tiny": (278, 72), "sd15": (278, 72), "sdxl": (788, 264)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A model this small only loses time to more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def result() -> dict[str, Any]:
-    """A run as a user starts it: stdout holds one JSON object and nothing else."""
-    command = [sys.executable, "-m", "benchmarks.switch", "--model", "tiny", "--json", "--dtype", "fp32"]
+def said(benchmark: str, *options: str) -> dict[str, Any]:
+    """Its JSON, of the small model."""
     run = subprocess.run(
-        [*command, "--rows", ",".join(ASKED)],
+        [sys.executable, "-m", f"benchmarks.{benchmark}", "--model", "tiny", "--json", *options],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -53,6 +41,12 @@ def result() -> dict[str, Any]:
     )
     found: dict[str, Any] = json.loads(run.stdout)
     return found
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    """A run as a user starts it: stdout holds one JSON object and nothing else."""
+    return said("switch", "--dtype", "fp32", "--rows", ",".join(ASKED))
 
 
 def test_form(result: dict[str, Any]) -> None:
@@ -177,17 +171,7 @@ def test_differences_are_of_bits(dtype: torch.dtype) -> None:
 @pytest.fixture(scope="module")
 def beside() -> dict[str, Any]:
     """A run as a user starts it, of ours and one that subtracts."""
-    command = [sys.executable, "-m", "benchmarks.compared", "--model", "tiny", "--json", "--rounds", "1"]
-    run = subprocess.run(
-        [*command, "--ways", "ours-checkpoint,lycoris", "--ranks", "8"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found: dict[str, Any] = json.loads(run.stdout)
-    return found
+    return said("compared", "--rounds", "1", "--ways", "ours-checkpoint,lycoris", "--ranks", "8")
 
 
 def test_form_of_the_comparison(beside: dict[str, Any]) -> None:

@@ -87,22 +87,23 @@ def test_the_users_word_on_the_base_wins(write: Write, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("user", "inserted"),
+    ("user", "weight", "text"),
     [
-        (None, "<lora:a:0.8>"),
-        ({"preferred weight": 0.5}, "<lora:a:0.5>"),
-        ({"preferred weight": -1}, "<lora:a:-1>"),
-        ({"preferred weight": 0, "activation text": "glow, (red:1.2)"}, "<lora:a:0.8> glow, (red:1.2)"),
-        ({"preferred weight": "1)+alert(", "activation text": ["x"], "description": 5}, "<lora:a:0.8>"),
-        ("[1]", "<lora:a:0.8>"),
-        ("{not json", "<lora:a:0.8>"),
-        ('{"preferred weight": NaN}', "<lora:a:0.8>"),
-        ("[" * 100_000, "<lora:a:0.8>"),
+        (None, 0, ""),
+        ({"preferred weight": 0.5}, 0.5, ""),
+        ({"preferred weight": -1}, -1, ""),
+        ({"preferred weight": 0, "activation text": "glow, (red:1.2)"}, 0, "glow, (red:1.2)"),
+        ({"preferred weight": "1)+alert(", "activation text": ["x"], "description": 5}, 0, ""),
+        ("[1]", 0, ""),
+        ("{not json", 0, ""),
+        ('{"preferred weight": NaN}', 0, ""),
+        ("[" * 100_000, 0, ""),
     ],
 )
-def test_what_a_click_inserts(write: Write, tmp_path: Path, user: Any, inserted: str) -> None:
+def test_what_a_click_inserts(write: Write, tmp_path: Path, user: Any, weight: float, text: str) -> None:
     write("a", user=user)
-    assert cards(tmp_path).all()[0].inserted(0.8) == inserted
+    (card,) = cards(tmp_path).all()
+    assert (card.tag, card.user.preferred_weight, card.user.activation_text) == ("a", weight, text)
 
 
 def test_user_metadata_keeps_what_it_does_not_know(write: Write) -> None:
@@ -134,9 +135,9 @@ def test_a_name_that_no_tag_can_hold(write: Write, tmp_path: Path) -> None:
     write("a>b")
     write("c:d", metadata={"ss_output_name": "fine"})
     bad, good = cards(tmp_path).all()
-    assert (bad.tag, bad.inserted(1)) == ("", "")
+    assert bad.tag == ""
     assert "rename the file" in bad.problem
-    assert good.inserted(1) == "<lora:fine:1>"
+    assert good.tag == "fine"
 
 
 def test_an_unreadable_file_has_a_card_that_says_why(write: Write, tmp_path: Path) -> None:

@@ -154,6 +154,26 @@ def random_patches(patch: MakePatch, path: str, shape: tuple[int, ...]) -> list[
 
 
 @each_dtype
+def test_several_threads_make_the_same_sum_and_take_it_off(patch: MakePatch, dtype: torch.dtype) -> None:
+    """Several tiles, each large enough for torch to share it out."""
+    model = nn.Sequential(nn.Conv2d(512, 512, 3, bias=False))
+    base = grid((512, 512, 3, 3), 0).to(dtype)
+    model[0].weight = nn.Parameter(base.clone(), requires_grad=False)
+    up, down, whole = coarse((512, 3), 1), coarse((3, 512 * 9), 2), grid(tuple(base.shape), 3)
+    plan = make_plan([patch("0.weight", up=up, down=down, strength=0.75), patch("0.weight", whole, source="b")])
+    product = (up.double() @ down.double()).reshape(base.shape)
+    engine = Engine(model)
+    try:
+        torch.set_num_threads(3)
+        engine.apply(plan)
+        assert bits(model[0].weight) == bits(exact(base, (0.75, product), (1.0, whole)))
+        engine.restore()
+    finally:
+        torch.set_num_threads(1)
+    assert bits(model[0].weight) == bits(base)
+
+
+@each_dtype
 def test_the_order_of_tags_changes_no_bit(zoo: Zoo, patch: MakePatch, dtype: torch.dtype) -> None:
     patches = random_patches(patch, "conv2d.weight", (8, 4, 3, 3))
     results = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,6 @@ from tests.oracles.cases import KINDS, Case, all_cases, relative_error, select
 
 TOLERANCE = 1e-5
 ORACLES = Path(__file__).parent / "oracles"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """All of it is small: on a busy machine torch's threads only wait for each other (a minute instead of seconds)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def by_formula(case: Case, tensors: dict[str, Tensor] | None = None) -> Tensor:

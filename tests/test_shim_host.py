@@ -88,8 +88,6 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Events:
 def start(tmp_path: Path, events: Events) -> Iterator[Start]:
     """start({name: {file: text}}, builtin={…}): writes these extensions and starts the stand-in with them."""
     running = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the model is too small for more
 
     def write(group: str, extensions: Extensions) -> dict[str, Path]:
         for name, files in extensions.items():
@@ -107,7 +105,6 @@ def start(tmp_path: Path, events: Events) -> Iterator[Start]:
     yield run
     for webui in running:
         webui.close()
-    torch.set_num_threads(threads)
 
 
 def generate(prompt: str | list[str], **options: Any) -> Processed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,15 +25,6 @@ CLIP_LEAVES = {nn.Linear: 72, nn.LayerNorm: 25, nn.Embedding: 2}
 PROMPT = "a red circle"
 # Pixels are 1/255 apart: below this a difference in the mean cannot be seen.
 VISIBLE = 1 / 255
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second thread gains a quarter on an idle machine, and on a busy one costs a hundredfold in waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,15 +36,6 @@ LEAST = 0.55
 """The share of its style that each adapter reaches at strength 1; drawings in the style have 1, plain ones 0."""
 PAIRS = [("outline", "stripes"), ("dots", "outline"), ("dots", "moon"), ("glow", "tilt"), ("frame", "tilt")]
 Painted = Callable[[str, float], Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """How sums are split, and so how they round, depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

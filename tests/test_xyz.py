@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from extensions_builtin_shim.launch import launch, put_modules_on_path
 from extensions_builtin_shim.tiny_sd import TinySD
@@ -46,11 +45,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def webui(folder: Path) -> Iterator[Any]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as `generate` does: how sums round depends on how they are split
     with launch(lora_dir=folder, make_model=TinySD.random) as running:
         yield running
-    torch.set_num_threads(threads)
 
 
 def script() -> Any:
@@ -191,12 +187,36 @@ def test_beside_an_axis_of_the_hosts(webui: Any) -> None:
 # ---- what may be written
 
 
-def test_a_strength_follows_its_tag_to_another_adapter(webui: Any) -> None:
-    prompt = "a cat <lora:tiny_lora:0.3> <lora:tiny_loha:1>"
-    adapters, strengths = (ADAPTER, "None, tiny_locon"), (STRENGTH, "tiny_lora: 0.5, 1")
-    wanted = ["", "", "<lora:tiny_locon:0.5>", "<lora:tiny_locon:1>"]
-    wanted = [f"a cat {first} <lora:tiny_loha:1>" for first in wanted]
-    assert sorted(cells(prompt, adapters, strengths)) == sorted(cells(prompt, strengths, adapters)) == sorted(wanted)
+ONE, TWO, TWICE = "<lora:tiny_lora:0.3>", "<lora:tiny_lora:0.3> <lora:tiny_loha:1>", "<lora:tiny_lora:0.3>" * 2
+
+
+@pytest.mark.parametrize(
+    ("tags", "adapter", "name", "wanted"),
+    [
+        (TWO, "tiny_locon", "tiny_lora", "<lora:tiny_locon:0.5> <lora:tiny_loha:1>"),
+        (TWO, "tiny_locon", "tiny_loha", "<lora:tiny_locon:0.3> <lora:tiny_loha:0.5>"),
+        (TWO, "tiny_loha", "tiny_loha", "<lora:tiny_loha:0.3> <lora:tiny_loha:0.5>"),
+        (TWO, "None", "tiny_lora", " <lora:tiny_loha:1>"),
+        (TWO, "None", "tiny_loha", " <lora:tiny_loha:0.5>"),
+        (TWICE, "tiny_loha", "tiny_lora", "<lora:tiny_loha:0.5><lora:tiny_lora:0.3>"),
+        (TWICE, "None", "tiny_lora", "<lora:tiny_lora:0.3>"),
+    ],
+)
+def test_a_strength_follows_its_tag(webui: Any, tags: str, adapter: str, name: str, wanted: str) -> None:
+    axes = (ADAPTER, adapter), (STRENGTH, f"{name}: 0.5")
+    assert cells(f"a cat {tags}", *axes) == cells(f"a cat {tags}", *reversed(axes)) == [f"a cat {wanted}"]
+
+
+def test_a_strength_follows_its_tag_through_two_axes(webui: Any) -> None:
+    axes = (ADAPTER, "tiny_loha"), (ADAPTER, "tiny_locon"), (STRENGTH, "tiny_lora: 0.5")
+    assert cells(f"a cat {ONE}", *axes) == ["a cat <lora:tiny_locon:0.5>"]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_strength_for_an_adapter_that_only_an_axis_names(webui: Any, order: int) -> None:
+    axes = (ADAPTER, "tiny_loha"), (STRENGTH, "tiny_loha: 0.5")
+    with pytest.raises(LoconError, match="for 'tiny_loha', and the prompt has no tag of it"):
+        cells(f"a cat {ONE}", *axes[::order])
 
 
 def test_the_values_of_a_strength(webui: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ class _Cell:
 
     off: bool = False
     """The adapter was taken out: its strength must not go to the next tag."""
-    was: str = ""
-    now: str = ""
-    """The adapter that was taken out or replaced, and the one in its place: a strength for the old name is for it."""
+    names: tuple[str, ...] = ()
+    """Those of the prompt's tags before any axis: a strength for one of them follows its tag to another adapter."""
+    gone: int = 0
+    """How many of these tags, the first ones, were taken out."""
     waiting: tuple[edit.Change, ...] = ()
     """For the adapter that is yet to come."""
 
@@ -117,18 +119,17 @@ class Axes:
         cell = _cell(p)
         first = None if cell.off else edit.first_tag(_prompt(p))
         if name == OFF:
-            p.locon_cell = replace(cell, off=True, was=first.name if first is not None else "")
+            p.locon_cell = replace(cell, off=True, gone=cell.gone + (first is not None))
             if first is not None:
-                _in_prompts(p, first.name, edit.without)
+                _in_prompts(p, first.name, 0, edit.without)
         elif first is not None:
-            p.locon_cell = replace(cell, was=first.name, now=name)
-            _in_prompts(p, first.name, lambda text, tag: edit.renamed(text, tag, name))
+            _in_prompts(p, first.name, 0, lambda text, tag: edit.renamed(text, tag, name))
         else:
             weight = edit.strength(str(shared.opts.extra_networks_default_multiplier))
             request = edit.both(weight)(Request(name))
             for change in cell.waiting:
                 request = change(request)
-            p.locon_cell = _Cell()
+            p.locon_cell = replace(cell, off=False, waiting=())
             _to_prompts(p, request)
 
     # ---- strengths and block weights
@@ -155,14 +156,15 @@ class Axes:
 
     def _change(self, p: Any, name: str, change: edit.Change) -> None:
         cell = _cell(p)
-        first = edit.first_tag(_prompt(p), name)
-        if cell.off and (not name or (first is None and name == cell.was)):
+        if not name and cell.off:
             return
-        if first is None and name and name == cell.was:
-            first = edit.first_tag(_prompt(p), cell.now)
-        if first is not None:
-            presets = self._presets()
-            _in_prompts(p, first.name, lambda text, tag: edit.changed(text, tag, change, presets))
+        tags, names = [tag.name for tag in edit.tags(_prompt(p))], cell.names
+        place = names.index(name) - cell.gone if name in names else -1 if name or not tags else 0
+        if name in names and place < 0:
+            return  # it was taken out
+        if place >= 0:
+            presets, before = self._presets(), tags[:place].count(tags[place])
+            _in_prompts(p, tags[place], before, lambda text, tag: edit.changed(text, tag, change, presets))
         elif name or not self._with_adapters():
             what = f" for {name!r}, and the prompt has no tag of it" if name else ", and the prompt has no tag"
             raise LoconError(
@@ -213,7 +215,9 @@ def _value(text: str) -> Value:
 
 def _cell(p: Any) -> _Cell:
     found = getattr(p, "locon_cell", None)
-    return found if isinstance(found, _Cell) else _Cell()
+    if not isinstance(found, _Cell):
+        found = p.locon_cell = _Cell(names=tuple(tag.name for tag in edit.tags(_prompt(p))))
+    return found
 
 
 def _prompt(p: Any) -> str:
@@ -221,11 +225,11 @@ def _prompt(p: Any) -> str:
     return str(p.prompt[0] if isinstance(p.prompt, list) and p.prompt else p.prompt)
 
 
-def _in_prompts(p: Any, name: str, change: Callable[[str, edit.Tag], str]) -> None:
-    """Changes the first tag of that adapter in each prompt of the job, that of the hires pass too."""
+def _in_prompts(p: Any, name: str, before: int, change: Callable[[str, edit.Tag], str]) -> None:
+    """Changes a tag of that adapter in each prompt of the job, that of the hires pass too: the first after `before`."""
 
     def changed(text: str) -> str:
-        tag = edit.first_tag(text, name)
+        tag = next(islice((tag for tag in edit.tags(text) if tag.name == name), before, None), None)
         return text if tag is None else change(text, tag)
 
     p.prompt = list(map(changed, p.prompt)) if isinstance(p.prompt, list) else changed(p.prompt)
