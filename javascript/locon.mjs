@@ -4,9 +4,13 @@
 
 // by the addresses under which the page has them, with the time of their last change: without it a browser may go on
 // with the files of an older version, and an `import` statement has none
-const beside = (name) => import(document.querySelector(`script[src*="/${name}?"]`)?.src ?? `./${name}`);
+const addresses = [...document.scripts].map((script) => script.src);
+const beside = (name) => {
+  const plain = new URL(name, import.meta.url).href;
+  return import(addresses.find((address) => address.split("?")[0] === plain) ?? plain);
+};
 const [completion, tags, texts] = await Promise.all(
-  ["locon_completion.mjs", "locon_tags.mjs", "locon_texts.mjs"].map(beside),
+  ["./locon_completion.mjs", "./locon_tags.mjs", "./locon_texts.mjs"].map(beside),
 );
 const { completed, keyed, openTag, othersComplete, wordNow } = completion;
 const { adapterTags, nameInserted, namesIn, toggled, withSnippet } = tags;

@@ -29,6 +29,7 @@ class AdapterCache:
         self._lock = threading.Lock()
         """Of the two below; held for no longer than it takes to look. The page asks while large files are read."""
         self._reading = threading.Lock()
+        """One file at a time, so that none is read twice; what is known already does not wait for it."""
         self._adapters: OrderedDict[FileIdentity, Adapter] = OrderedDict()
         self._in_use: weakref.WeakValueDictionary[FileIdentity, Adapter] = weakref.WeakValueDictionary()
 

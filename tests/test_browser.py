@@ -296,7 +296,7 @@ def test_the_html_that_the_host_would_show(chromium: Browser, address: str, fold
         "<textarea></textarea></label></div>" + cards + "<script>opts = {extra_networks_default_multiplier: 0.8, "
         "extra_networks_add_text_separator: ', '}; function gradioApp() { return document } function updateInput() {} "
         "function cardClicked() { attacked() } function attacked() { window.wrong = true }</script>"
-        + "".join(f"<script type=module src='file=x/javascript/{name}?17.5'></script>" for name in sorted(parts))
+        + "".join(f"<script type=module src='file=x\\javascript/{name}?17.5'></script>" for name in sorted(parts))
     )
     page = chromium.new_page()
     asked: list[str] = []

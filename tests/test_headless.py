@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import hashlib
 import io
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -269,65 +271,169 @@ def _weights(model: TinySD) -> dict[str, Any]:
 
 OUTER = ("cat", "cat <lora:tiny_lora:1>", "cat <lora:tiny_lora:0@1,1@0.2> <lora:tiny_loha:0.5>")
 INNER = ("dog", "dog <lora:tiny_locon:1>", "cat <lora:tiny_lora:0.3>")
+PLACES = ("after_extra_networks_activate", "process_batch", "first step", "third step", "third step, after ours")
 
 
-@pytest.mark.parametrize("place", ["before the text is encoded", "before the first step", "in the middle"])
-@pytest.mark.parametrize("outer", OUTER)
-def test_a_job_goes_on_after_another_inside_it(started: Launch, outer: str, place: str) -> None:
-    """Fact: a script may run a job within its own callbacks; the host applies the outer one's tags only once."""
-    started()
+class Scripts:
+    """What the host calls in the course of a job."""
+
+    def __init__(self, place: str = "", action: Callable[[], object] = object) -> None:
+        self.place, self.action = place, action
+
+    def after_extra_networks_activate(self, p: Any, **_: Any) -> None:
+        self.at("after_extra_networks_activate", p)
+
+    def process_batch(self, p: Any, **_: Any) -> None:
+        self.at("process_batch", p)
+
+    def at(self, place: str, p: Any) -> None:
+        if place == self.place:
+            self.action()
+
+
+def image(prompt: str, place: str = "", action: Callable[[], object] = object, **fields: Any) -> bytes:
+    """Of one job, with something done in the middle of it, once."""
     from modules import processing, script_callbacks
 
-    def image(prompt: str, scripts: Any = None) -> bytes:
-        p = processing.StableDiffusionProcessingTxt2Img(prompt=prompt, seed=1, steps=4, scripts=scripts)
-        return bytes(processing.process_images(p).images[0].tobytes())
-
-    alone = {prompt: image(prompt) for prompt in (outer, *INNER)}
-    made: list[bytes] = []
-
-    def inner(*_: Any, **__: Any) -> None:
-        made.extend(image(prompt) for prompt in INNER)
+    done: list[int] = []
 
     def at_step(params: Any) -> None:
-        if not made and params.sampling_step == (2 if place == "in the middle" else 0):
-            made.append(b"")  # the inner jobs come here too
-            inner()
+        if not done and params.sampling_step == (0 if place == "first step" else 2):
+            done.append(1)  # the steps of jobs inside come here too
+            action()
 
-    if place == "before the text is encoded":
-        found = image(outer, SimpleNamespace(process_batch=inner))
+    if place == "third step, after ours":
+        scripts = Scripts("process_batch", lambda: script_callbacks.on_cfg_denoiser(at_step))
     else:
+        scripts = Scripts(place, action)
+    if place.endswith(" step"):
         script_callbacks.on_cfg_denoiser(at_step)
-        found = image(outer)
+    p = processing.StableDiffusionProcessingTxt2Img(prompt=prompt, seed=1, steps=4, scripts=scripts, **fields)
+    try:
+        return bytes(processing.process_images(p).images[0].tobytes())
+    finally:
         script_callbacks.remove_callbacks_for_function(at_step)
-    assert [each for each in made if each] == [alone[prompt] for prompt in INNER]
-    assert found == alone[outer]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_job_goes_on_after_others_inside_it(started: Launch, outer: str, place: str) -> None:
+    """Fact: a script may run a job within its own callbacks; the host applies the outer one's tags only once."""
+    started()
+    if place == "third step, after ours":
+        outer = outer.replace("0@1,1@0.2", "0.7")  # what is done after our callback of a step counts from the next on
+    alone = {prompt: image(prompt) for prompt in (outer, *INNER)}
+    made: list[bytes] = []
+    assert image(outer, place, lambda: made.extend(map(image, INNER))) == alone[outer]
+    assert made == [alone[prompt] for prompt in INNER]
     assert {prompt: image(prompt) for prompt in alone} == alone
 
 
-def test_a_job_that_goes_on_keeps_what_others_set(started: Launch) -> None:
+@pytest.mark.parametrize("place", PLACES[:2])
+def test_a_job_goes_on_after_one_inside_it_that_fails(started: Launch, place: str) -> None:
+    started()
+    alone = image(OUTER[1])
+    failed: list[str] = []
+
+    def fails() -> None:
+        with pytest.raises(RuntimeError, match="in the inner one"):
+            image(INNER[1], "process_batch", fail)
+        failed.append("once")
+
+    def fail() -> None:
+        raise RuntimeError("in the inner one")
+
+    assert image(OUTER[1], place, fails) == alone
+    assert failed == ["once"]
+    with pytest.raises(RuntimeError, match="in the inner one"):
+        image(OUTER[2], place, fail)
+    assert image(OUTER[1]) == alone
+    assert image("cat") == image("cat", place, lambda: image(INNER[1]))
+
+
+@pytest.mark.parametrize("place", PLACES[:2])
+@pytest.mark.parametrize("inner", ["", *INNER])
+def test_what_others_set_acts_on_the_text_and_outlives_a_job_inside(started: Launch, place: str, inner: str) -> None:
     webui = started()
     import networks
+
+    def set_and_run() -> None:
+        networks.loaded_networks[0].unet_multiplier = networks.loaded_networks[0].te_multiplier = 0.25
+        if inner:
+            image(inner)
+
+    assert image(OUTER[1], place, set_and_run) == image("cat <lora:tiny_lora:0.25>")
+    assert image(OUTER[1]) == webui.generate(OUTER[1], steps=4, guidance=5).image.tobytes()
+
+
+def test_what_others_set_on_the_text_is_not_in_the_next_job(started: Launch) -> None:
+    """Fact: the host keeps what it encoded last, by prompts and tags, for the next job too."""
+    started()
+    import networks
+
+    def silence_text() -> None:
+        networks.loaded_networks[0].te_multiplier = 0
+
+    kept = {"cached_c": [None, None], "cached_uc": [None, None]}
+    alone = image(OUTER[1])
+    assert image(OUTER[1], "process_batch", silence_text, **kept) not in (alone, image("cat"))
+    assert kept["cached_c"][1] is not None
+    assert image(OUTER[1], **kept) == alone
+
+
+@pytest.mark.parametrize("outer", OUTER[:2])
+def test_networks_that_a_script_loads_in_a_job_stay_in_it(started: Launch, outer: str) -> None:
+    started()
+    import networks
+
+    found = image(outer, "process_batch", lambda: networks.load_networks(["tiny_loha"], [1.0], [1.0], [None]))
+    assert found == image("cat <lora:tiny_loha:1>")
+
+
+def test_no_job_is_kept(started: Launch) -> None:
+    """The host's jobs hold pictures and latents; it does not tell of the end of each."""
+    started()
     from modules import processing
 
-    class Scripts:
-        def __init__(self, inner: str) -> None:
-            self.inner = inner
+    jobs: list[weakref.ref[Any]] = []
 
-        def process_batch(self, p: Any, **_: Any) -> None:
-            del p
-            networks.loaded_networks[0].unet_multiplier = networks.loaded_networks[0].te_multiplier = 0.25
-            if self.inner:
-                webui.generate(self.inner, steps=1)
+    def run(prompt: str, fails: bool = False) -> None:
+        scripts = Scripts("process_batch", (lambda: 1 / 0) if fails else object)
+        p = processing.StableDiffusionProcessingTxt2Img(prompt=prompt, seed=1, steps=1, scripts=scripts)
+        jobs.append(weakref.ref(p))
+        with suppress(ZeroDivisionError):
+            processing.process_images(p)
 
-    def image(inner: str) -> Any:
-        p = processing.StableDiffusionProcessingTxt2Img(
-            "cat <lora:tiny_lora:1>", seed=1, steps=2, scripts=Scripts(inner)
-        )
-        return processing.process_images(p).images[0].tobytes()
+    for prompt in (OUTER[1], "cat", OUTER[2], "cat"):
+        run(prompt)
+        run(prompt, fails=True)
+    run("cat")
+    gc.collect()
+    assert [job() for job in jobs] == [None] * len(jobs)
 
-    wanted = image("")
-    assert wanted != generate(webui, "cat <lora:tiny_lora:1>").image.tobytes()
-    assert image("dog") == image("dog <lora:tiny_loha:1>") == wanted
+
+def test_another_extension_before_the_hosts_function(started: Launch) -> None:
+    webui = started()
+    from modules import processing
+
+    ours = processing.process_images_inner
+    asked: list[Any] = []
+
+    def theirs(p: Any) -> Any:
+        asked.append(p)
+        return ours(p)
+
+    try:
+        processing.process_images_inner = theirs
+        for _ in range(3):
+            webui.reload_ui()
+        alone = image(OUTER[1])
+        assert image(OUTER[1], "process_batch", lambda: image(INNER[1])) == alone
+        assert len(asked) == 3
+        webui.close()
+        assert processing.process_images_inner is theirs
+    finally:
+        processing.process_images_inner = ours.__wrapped__
 
 
 def test_other_weights_in_the_same_model(started: Launch) -> None:

@@ -359,7 +359,7 @@ def test_what_is_in_use_is_not_read_anew_however_few_are_kept(shelf: Shelf) -> N
     assert gone() is None
 
 
-def test_nobody_waits_for_a_file_that_another_one_reads(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_waits_for_no_file_that_is_read(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, slow, known = AdapterCache(), shelf.put("slow"), shelf.put("known")
     held, reading, go = cache.read(known), threading.Event(), threading.Event()
     read: list[Path] = []

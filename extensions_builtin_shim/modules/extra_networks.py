@@ -81,8 +81,11 @@ def register_default_extra_networks() -> None:
     """The host registers hypernetworks here; the small model has none, so their tags count as unknown."""
 
 
-def activate(p: object, extra_network_data: TagData) -> None:
-    """Hands each network its tags, and an empty list to each that has none. What they raise is printed, no more."""
+def activate(p: Any, extra_network_data: TagData) -> None:
+    """Hands each network its tags, and an empty list to each that has none. What they raise is printed, no more.
+
+    Then tells the job's scripts.
+    """
     found = _lookup(extra_network_data)
     activated: list[ExtraNetwork] = []
     for network, params_list in found:
@@ -94,6 +97,10 @@ def activate(p: object, extra_network_data: TagData) -> None:
         if network not in activated:
             with errors.reported(f"activating extra network {network.name}"):
                 network.activate(p, [])
+    if getattr(p, "scripts", None) is not None:
+        p.scripts.after_extra_networks_activate(
+            p, batch_number=p.iteration, prompts=p.prompts, seeds=p.seeds, extra_network_data=extra_network_data
+        )
 
 
 def deactivate(p: object, extra_network_data: TagData) -> None:

@@ -70,10 +70,7 @@ def front_page(webui: Webui, fields: Fields) -> Answer:
         f'<script type="module" src="{escape(address)}"></script>'
         if path.suffix == ".mjs"
         else f'<link rel="stylesheet" href="{escape(address)}">'
-        for path, address in (
-            (path, f"{quote(address, safe='/=')}?{path.stat().st_mtime}")
-            for address, path in _extension_files().items()
-        )
+        for address, path in _addresses()
     ]
     page = (FILES / "page.html").read_text(encoding="utf-8")
     return Answer(page.replace(_HEAD, "\n  ".join(added)).encode(), KINDS[".html"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -27,14 +26,14 @@ class Hashes(NamedTuple):
 @cache
 def hashes_of(identity: FileIdentity) -> Hashes:
     """Reads the whole file, once as long as it stays the same. Raises FileError."""
-    start = _body_start(identity)
     whole, body = hashlib.sha256(), hashlib.sha256()
-    for chunk in _chunks(identity, 0, start):
+    head, chunks = _read(identity)
+    whole.update(head)
+    for chunk in chunks:
         whole.update(chunk)
-    for chunk in _chunks(identity, start):
-        whole.update(chunk)
-        body.update(chunk)
-    return Hashes(whole.hexdigest(), body.hexdigest() if start else "")
+        if head:
+            body.update(chunk)
+    return Hashes(whole.hexdigest(), body.hexdigest() if head else "")
 
 
 def body_hash(identity: FileIdentity) -> str:
@@ -43,25 +42,24 @@ def body_hash(identity: FileIdentity) -> str:
     Reads the whole file each time: keep it. Raises FileError.
     """
     digest = hashlib.sha256()
-    for chunk in _chunks(identity, _body_start(identity)):
+    for chunk in _read(identity)[1]:
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _body_start(identity: FileIdentity) -> int:
-    """Where a safetensors file's tensors begin; 0 for other files."""
+def _read(identity: FileIdentity) -> tuple[bytes, Iterator[bytes]]:
+    """A safetensors file's header and what follows, piece by piece; all other files have no header."""
     path = Path(identity.path)
-    return SafetensorsFile(path).data_start if path.suffix.lower() == ".safetensors" else 0
+    chunks = _chunks(path, SafetensorsFile(path).data_start if path.suffix.lower() == ".safetensors" else 0)
+    return next(chunks), chunks
 
 
-def _chunks(identity: FileIdentity, start: int, stop: int | None = None) -> Iterator[bytes]:
-    """The bytes from `start` up to `stop`, or to the end. Raises FileError."""
-    left = sys.maxsize if stop is None else stop - start
+def _chunks(path: Path, start: int) -> Iterator[bytes]:
+    """The first `start` bytes, then the others in pieces of a handy size."""
     try:
-        with Path(identity.path).open("rb") as file:
-            file.seek(start)
-            while chunk := file.read(min(left, CHUNK)):
-                left -= len(chunk)
+        with path.open("rb") as file:
+            yield file.read(start)
+            while chunk := file.read(CHUNK):
                 yield chunk
     except OSError as error:
-        raise FileError(f"{identity.path} cannot be read: {error.strerror or error}") from error
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -13,11 +13,11 @@ from torch import nn
 
 from lib_locon.hosts import takeover
 from lib_locon.hosts.arrivals import Arrivals
-from lib_locon.hosts.asked import Asked
 from lib_locon.hosts.legacy_api import Legacy
 from lib_locon.hosts.options import number, value
 from lib_locon.hosts.rivals import Rivals
 from lib_locon.hosts.runs import Runs
+from lib_locon.hosts.scheduled import Place
 from lib_locon.hosts.services import Services
 from lib_locon.hosts.webui import Webui, log
 from lib_locon.library import Library
@@ -54,7 +54,6 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
         params_list = _services.with_chosen(p, params_list)
         if not params_list and not _webui.active:
             _webui.nothing()
-            _runs.asked(p)
             _services.told(p, Report(), hires=hires)
             return  # `shared.sd_model` loads a model where there is none: not for a prompt that asks for nothing
         tags = [("lora", [str(item) for item in params.items]) for params in params_list]
@@ -64,7 +63,6 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
         _step_last()
         comment = getattr(p, "comment", _no_comment)
         report = _webui.activate(model, tags, comment, checkpoint, seed=_seed(p), hires=hires)
-        _runs.asked(p)
         _services.told(p, report, hires=hires)
         if _webui.text_changed:
             _forget_encoded(p)
@@ -72,7 +70,6 @@ class LoconNetwork(extra_networks.ExtraNetwork):  # type: ignore[misc]  # the ho
     def deactivate(self, p: Any) -> None:
         """The weights stay patched: the next run's `activate` changes them, or finds them right and has no work."""
         _webui.finished()
-        _runs.finished(p)
 
 
 def register() -> None:
@@ -134,9 +131,12 @@ def _model() -> tuple[nn.Module, Path | None]:
     return shared.sd_model, _checkpoint(shared.sd_model)
 
 
-def _resume(p: Any, asked: Asked | None) -> None:
-    """The host goes on with a job that another one interrupted."""
-    _webui.resume(asked, *_model())
+def _come_back(place: Place, p: Any) -> None:
+    """The host goes on with a job, after `p` inside it."""
+    try:
+        _webui.come_back(place, *_model())
+    except Exception:  # noqa: BLE001  the host's code runs in it too, and no image may be lost over it
+        log.exception("the image goes on with the adapters of another one that was made in the middle of it")
     if _webui.text_changed:
         _forget_encoded(p)
 
@@ -172,7 +172,7 @@ cards = _services.cards.cards
 legacy = Legacy(_webui, library, _model, _services.known_hash)
 """What stands behind the names of the built-in's that other extensions use."""
 _arrivals = Arrivals(lambda model: _webui.encodes(model, _checkpoint(model)))
-_runs = Runs(lambda: _webui.asked, _resume)
+_runs = Runs(_webui.place, _come_back)
 _rivals = Rivals(LoconNetwork, _webui.release)
 _places = takeover.Places(_webui.loaded, legacy.functions(), LoconNetwork)
 
@@ -186,7 +186,6 @@ def _folders() -> list[Path]:
 def _before_step(params: Any) -> None:
     """Called before each call of the denoising network; samplers of a higher order call it more than once a step."""
     _services.infotext.fill()
-    _runs.goes_on(getattr(params.denoiser, "p", None))
     model = shared.sd_model
     _webui.arrived(model, _checkpoint(model))
     _webui.step(model, params.sampling_step, params.total_sampling_steps)

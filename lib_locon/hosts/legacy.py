@@ -4,8 +4,8 @@ Reading an object gives what the model holds. Setting `te_multiplier`, `unet_mul
 one out of the list, is honoured
 
 - at `activate`, where a class attribute was replaced by a property (it is read, then and at each step);
-- before each call of the denoising network, after every other extension's callback for it: for the UNet at once, for a
-  text encoder when it encodes the next time, which in the webui is after the next `activate`;
+- before each call of the denoising network, after every other extension's callback for it;
+- before a text encoder encodes, unless the host has kept what it would say;
 - whenever somebody calls `networks.network_apply_weights` or a `network_…_forward`: for all layers at once.
 
 What was set stays until the next `activate`, which starts from the prompt again.
@@ -109,34 +109,38 @@ class LoadedNetworks:
         self.names: Names | None = None
         self.touched = False
         """Whether anything was changed from outside since the last `show`."""
-        self._shown: list[Shown] = []
+        self.shown: list[Shown] = []
 
-    def show(self, uses: Sequence[Use], model: nn.Module, session: Session, shown: list[Shown]) -> list[Use]:
-        """Puts an object for each use in the place of those before. Returns what to apply, as `adjusted`.
-
-        The objects are put into `shown`, or come from there, as others left them, where it holds them already.
-        """
-        self.touched = False
-        self._shown = shown
+    def show(self, uses: Sequence[Use], model: nn.Module, session: Session) -> list[Use]:
+        """Puts an object for each use in the place of those before. Returns what to apply, as `adjusted`."""
+        shown: list[Shown] = []
         if self.names is None:
+            self.show_again(shown)
             return list(uses)
-        for use in uses if not shown else ():
+        for use in uses:
             each = Shown(_blank(self.names, use), use)
             _set(each.network, "modules", LiveModules(each.network, each.now, model, session))
             shown.append(each)
-        networks = [each.network for each in shown]
-        self.names.loaded[:] = networks
-        self.names.in_memory.clear()
-        self.names.in_memory.update({network.name: network for network in networks})
+        self.show_again(shown)
         return self.adjusted(list(uses))
+
+    def show_again(self, shown: list[Shown]) -> None:
+        """Puts objects that were shown before in the place of the others, as others left them."""
+        self.touched = False
+        self.shown = shown
+        if self.names is not None:
+            networks = [each.network for each in shown]
+            self.names.loaded[:] = networks
+            self.names.in_memory.clear()
+            self.names.in_memory.update({network.name: network for network in networks})
 
     def adjusted(self, uses: list[Use]) -> list[Use]:
         """`uses`, one for each that is shown, with what others have set; the very same list if nothing was."""
-        if self.names is None or len(uses) != len(self._shown):
+        if self.names is None or len(uses) != len(self.shown):
             return uses
         listed = {id(network) for network in self.names.loaded}
         wanted: list[Use] = []
-        for shown, use in zip(self._shown, uses, strict=True):
+        for shown, use in zip(self.shown, uses, strict=True):
             shown.look()
             shown.use = use
             shown.write()
@@ -156,7 +160,7 @@ class LoadedNetworks:
 
     def clear(self) -> None:
         """Nothing is in use."""
-        self._shown = []
+        self.shown = []
         if self.names is not None:
             self.names.loaded.clear()
             self.names.in_memory.clear()

@@ -1,65 +1,64 @@
-"""Which job of the host asked for what: a script may run a job inside another, and the outer one then goes on.
+"""Jobs inside jobs: a script may run one in its callbacks, and then the host goes on with the outer one.
 
-The host applies the tags of a job once for each batch and pass. What a script does between that and the last step, it
-does not look at: after another job the outer one would go on with the other's adapters, or with none.
+The host applies the tags of a job once for each batch and pass; after another job inside it, it would go on with the
+other's adapters, or with none.
 """
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 from modules import processing
 
-ENCODE = "get_conds_with_caching"
-"""The method of a job in which it asks for its prompts' encodings, in every pass."""
+from lib_locon.hosts.scheduled import Place
+
+RUN = "process_images_inner"
+"""What the host calls for each job, and looks up by its name each time."""
 
 
 class Runs:
-    """What each job asked for, by `current()`, for as long as the job lives."""
+    """Comes back to the place of the outer job when one inside it ends, however it ends."""
 
-    def __init__(self, current: Callable[[], object], resume: Callable[[Any, Any], object]) -> None:
-        self._current, self._resume = current, resume
-        self._asked: dict[int, tuple[weakref.ref[Any], Any]] = {}  # by id: the host's jobs cannot be hashed
-        self._replaced: tuple[Any, Any] | None = None
-
-    def asked(self, p: Any) -> None:
-        """To be called after each `activate`."""
-        key = id(p)
-        if p is not None:
-            self._asked[key] = weakref.ref(p, lambda _: self._asked.pop(key, None)), self._current()
-
-    def finished(self, p: Any) -> None:
-        """The job has made its images: what it asked for need not be kept, however long the job itself is."""
-        self._asked.pop(id(p), None)
-
-    def goes_on(self, p: Any) -> None:
-        """To be called where a job encodes or denoises: resumes what it asked for, if another one came between."""
-        known, asked = self._asked.get(id(p), (None, None))
-        if known is not None and known() is p and asked is not self._current():
-            self._resume(p, asked)
+    def __init__(self, place: Callable[[], Place], come_back: Callable[[Place, Any], object]) -> None:
+        self._place, self._come_back = place, come_back
+        self._depth = threading.local()
+        self._off: Callable[[], None] | None = None
 
     def watch(self) -> None:
-        """Hears of every encoding from now on. Harmless to repeat."""
-        kind = processing.StableDiffusionProcessing
-        theirs = getattr(kind, ENCODE, None)
-        if theirs is None or self._replaced is not None:
+        """Stands before the host's function. Harmless to repeat."""
+        if self._off is not None:
             return
+        theirs, watching = getattr(processing, RUN), True
 
         @wraps(theirs)
-        def encode(p: Any, *args: Any, **kwargs: Any) -> Any:
-            self.goes_on(p)
-            return theirs(p, *args, **kwargs)
+        def run(p: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._run(theirs, p, *args, **kwargs) if watching else theirs(p, *args, **kwargs)
 
-        self._replaced = theirs, encode
-        setattr(kind, ENCODE, encode)
+        def off() -> None:
+            nonlocal watching
+            watching = False  # somebody may have put another one before it, and will go on calling it
+            if getattr(processing, RUN) is run:
+                setattr(processing, RUN, theirs)
+
+        setattr(processing, RUN, run)
+        self._off = off
 
     def remove(self) -> None:
-        """Gives the method back, unless somebody else stands before it: then it only hands on."""
-        self._asked.clear()
-        kind = processing.StableDiffusionProcessing
-        if self._replaced is not None and getattr(kind, ENCODE, None) is self._replaced[1]:
-            setattr(kind, ENCODE, self._replaced[0])
-        self._replaced = None
+        """Gives the function back, or only hands on where another extension stands before us."""
+        if self._off is not None:
+            self._off()
+        self._off = None
+
+    def _run(self, theirs: Callable[..., Any], p: Any, *args: Any, **kwargs: Any) -> Any:
+        depth = getattr(self._depth, "value", 0)
+        place = self._place() if depth else None
+        self._depth.value = depth + 1
+        try:
+            return theirs(p, *args, **kwargs)
+        finally:
+            self._depth.value = depth
+            if place is not None:
+                self._come_back(place, p)

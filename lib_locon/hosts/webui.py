@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from lib_locon.errors import LoconError
-from lib_locon.hosts.asked import Asked, on_text
 from lib_locon.hosts.embeddings import BundledEmbeddings
 from lib_locon.hosts.legacy import LoadedNetworks
+from lib_locon.hosts.scheduled import Place, Scheduled, on_text
 from lib_locon.hosts.sessions import Sessions
 from lib_locon.library import Library, without_folder, without_folders
 from lib_locon.patching.rounding import Rounding
@@ -56,9 +56,7 @@ class Webui:
         self._presets_text = ""
         self._suspended = False
         self._step = (0, 1)
-        self.asked: object = None
-        """What the last `activate` was told to do: an Asked, or None for nothing; at the end of a run, no job's."""
-        self._scheduled: Asked | None = None
+        self._scheduled: Scheduled | None = None
         self._in_use: weakref.ref[nn.Module] | None = None
         """The model that the run is at, while there is one."""
         self._sessions = Sessions()
@@ -123,7 +121,7 @@ class Webui:
         """As `activate`, for requests that were read already; `bad` and `warnings` came of the reading."""
         found, missing = find(requests, self.library, self.cache)
         uses = found.at(hires=hires)
-        self.asked = now = Asked(weakref.ref(model), found, uses, hires, comment, checkpoint, found.scheduled)
+        now = Scheduled(weakref.ref(model), found, uses, hires, comment, checkpoint, found.scheduled)
         report, problems = self._begin(now, model)
         problems = [*bad, *missing, *problems]
         self.last_report = report = Report(report.adapters, tuple(problems), report.written, tuple(warnings))
@@ -136,21 +134,28 @@ class Webui:
             log.log(logging.INFO if quiet else logging.WARNING, "%s", problem)
         return report
 
-    def resume(self, asked: Asked | None, model: nn.Module, checkpoint: Path | None) -> None:
-        """Makes `model` hold again what an earlier `use` asked for; None: the nothing of `nothing`.
+    def place(self) -> Place:
+        """Where the run is, for `come_back`."""
+        shown, running = self.loaded.shown, self._in_use is not None
+        return Place(self._scheduled, self._step, self._suspended, running, self.used, self.last_report, shown)
 
-        For a run that goes on after another one came between. Says nothing but what fails now.
-        """
-        if asked is None:
-            self.use(model, (), lambda _: None, checkpoint)
-        else:
-            _, problems = self._begin(replace(asked, model=weakref.ref(model), checkpoint=checkpoint), model)
-            for problem in problems:
-                log.warning("%s", problem)
-                asked.comment(str(problem))
-        self.asked = asked
+    def come_back(self, place: Place, model: nn.Module, checkpoint: Path | None) -> None:
+        """Makes `model` hold again what a run used that another one came into. Says nothing but what fails now."""
+        self.last_report, self.used, self._step, self._suspended = place.report, place.used, place.step, place.suspended
+        now, here = place.scheduled, weakref.ref(model)
+        self._scheduled = now = None if now is None else replace(now, model=here, checkpoint=checkpoint)
+        self._in_use = here if place.running else None
+        self.loaded.show_again(place.shown)
+        uses = place.used if now is not None else ()
+        self._note_text(model, uses)
+        self.embeddings.use([use.adapter for use in uses], model)
+        if now is not None and not self._suspended:
+            self._ready(model, checkpoint)
+            self._follow(now, model, anew=True)
+        elif (session := self.session_of(model)) is not None:
+            session.restore()
 
-    def _begin(self, now: Asked, model: nn.Module) -> tuple[Report, list[Problem]]:
+    def _begin(self, now: Scheduled, model: nn.Module) -> tuple[Report, list[Problem]]:
         """Applies the set of the first step. Where that fails, the model holds its base."""
         self._scheduled = now if now.uses else None
         self._suspended, self._step, self._in_use = False, (0, 1), now.model
@@ -158,7 +163,7 @@ class Webui:
         problems: list[Problem] = []
         try:
             session = self._ready(model, now.checkpoint)
-            uses = self.loaded.show(uses, model, session, now.shown)
+            uses = self.loaded.show(uses, model, session)
             report = session.apply(uses)
             if report.written:
                 log.info("%s", session.engine.store.report())
@@ -168,16 +173,19 @@ class Webui:
             self._scheduled = None
             self.loaded.clear()
             uses, problems = [], [Problem(f"no adapter is in this image: {_what(error, now.checkpoint)}")]
+        self.used = tuple(uses)
+        self._note_text(model, uses)
+        return report, [*problems, *map(Problem, self.embeddings.use([use.adapter for use in uses], model))]
+
+    def _note_text(self, model: nn.Module, uses: Sequence[Use]) -> None:
         text = (self.rounding, *map(on_text, uses)) if uses else ()
         self.text_changed = self._on_text.get(model, ()) != text
-        self._on_text[model], self.used = text, tuple(uses)
-        return report, [*problems, *map(Problem, self.embeddings.use([use.adapter for use in uses], model))]
+        self._on_text[model] = text
 
     def nothing(self) -> None:
         """An image without tags is made, with a model that holds nothing of ours."""
         self.last_report, self.used = Report(), ()
         self.finished()
-        self.asked = None
         self.loaded.clear()
 
     def step(self, model: nn.Module, step: int, steps: int) -> None:
@@ -197,8 +205,10 @@ class Webui:
         now = self._scheduled
         if now is not None and not self._suspended and now.model() is model:
             uses = now.found.at(*self._step, hires=now.hires) if now.by_step else now.uses
-            if self.loaded.adjusted(uses) is not uses:
+            adjusted = self.loaded.adjusted(uses)
+            if adjusted is not uses:
                 self._follow(now, model)
+                self._note_text(model, adjusted)  # the host keeps what it encodes: the next `activate` must know
 
     def arrived(self, model: nn.Module, checkpoint: Path | None) -> None:
         """Makes `model` hold what the run asks for, where the host went on with it, or with other weights in it.
@@ -233,7 +243,7 @@ class Webui:
             session.restore()
             self._suspended = True
 
-    def _follow(self, now: Asked, model: nn.Module, *, anew: bool = False) -> None:
+    def _follow(self, now: Scheduled, model: nn.Module, *, anew: bool = False) -> None:
         session = self._sessions.known(model)
         if session is None:
             return
@@ -250,12 +260,12 @@ class Webui:
             self.loaded.clear()
             problem = f"no adapter is in this image from step {step + 1} on: {_what(error, now.checkpoint)}"
             log.warning("%s", problem)
-            now.comment(problem)
+            if self.comments != "nothing":
+                now.comment(problem)
 
     def finished(self) -> None:
         """The run is over. What its last step left is changed, or found right, by the next `activate`."""
         self._scheduled = self._in_use = None
-        self.asked = object()  # what it asked for holds adapters in memory
 
     def _ready(self, model: nn.Module, checkpoint: Path | None) -> Session:
         session = self.session(model, checkpoint)
@@ -278,7 +288,7 @@ class Webui:
 
     def release(self) -> None:
         """Gives every model its base back and forgets it."""
-        self._scheduled = self._in_use = self.asked = None
+        self._scheduled = self._in_use = None
         self.loaded.clear()
         self._sessions.clear()
 
