@@ -74,6 +74,10 @@ def _speed(results: Results) -> Iterator[str]:
     yield "the same run. Medians. In brackets the bar that this project holds itself to; what is over it is **bold**."
     yield "In square brackets what the products of the change take at the rate of large ones in the same run, in floors"
     yield "too: where that comes near the bar, it is the processor that misses it."
+    yield ""
+    yield "The cores of a virtual machine may lie side by side in one process and far apart in the next: then copies"
+    yield "are faster, small products slower, and ratios up to twice as high, on both sides of a bar. So look at the"
+    yield "floors in seconds before you compare two columns."
     for name, title in (
         ("switch-other", "From another LoCon, whose base is kept already"),
         ("switch-base", "From the base: no adapter is merged before"),
