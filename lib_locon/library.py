@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import threading
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from lib_locon.errors import FileError, UnknownName
+from lib_locon.errors import FileError, UnknownName, ambiguous, near
 from lib_locon.files.hashes import hashes_of
 from lib_locon.files.pickled import ENDINGS as PICKLED
 from lib_locon.files.reader import FileIdentity, SafetensorsFile
@@ -35,6 +34,16 @@ class Entry:
     def stem(self) -> str:
         """The file's own name, without folders and ending."""
         return self.name.rpartition("/")[2]
+
+    @property
+    def file(self) -> str:
+        """Its path from the folder of the library on, with its ending."""
+        return self.name + self.path.suffix
+
+    @property
+    def full_path(self) -> str:
+        """Links in it stay as they are."""
+        return os.path.abspath(self.path)  # noqa: PTH100  `resolve` would follow them
 
     @property
     def alias(self) -> str:
@@ -119,7 +128,7 @@ class Library:
         for kind in ("name", "stem", "alias"):
             found = [entry for entry in entries if getattr(entry, kind) == name]
             if found:
-                return _only(found, name)
+                return only(found, name)
         if _HASH.fullmatch(name):
             return self._with_hash(name)
         raise UnknownName(self._not_found(name))
@@ -138,17 +147,15 @@ class Library:
                     break
         if not found:
             raise UnknownName(f"no adapter in {self._places()} has the hash {name}")
-        return _only(found, name)
+        return only(found, name)
 
     def _places(self) -> str:
         names = (str(folder) if not folder.is_absolute() else folder.name or str(folder) for folder in self.folders)
         return ", ".join(names) or "no folder"
 
     def _not_found(self, name: str) -> str:
-        names = {word.lower(): word for entry in self.entries for word in (entry.alias, entry.name, entry.stem) if word}
-        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-        hint = f" (near it: {', '.join(names[key] for key in near)})" if near else ""
-        return f"there is no adapter {name!r} in {self._places()}{hint}"
+        names = (word for entry in self.entries for word in (entry.alias, entry.name, entry.stem) if word)
+        return f"there is no adapter {name!r} in {self._places()}{near(name, names)}"
 
 
 def without_folder(text: str, path: Path, shown: str = "") -> str:
@@ -167,10 +174,10 @@ def without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
-def _only(found: Sequence[Entry], name: str) -> Entry:
+def only(found: Sequence[Entry], name: str) -> Entry:
+    """The one that was found under a name. Raises UnknownName where there are several."""
     if len(found) > 1:
-        names = ", ".join(entry.name for entry in found)
-        raise UnknownName(f"{name!r} could be any of these: {names}. Write the one that you mean in full")
+        raise UnknownName(ambiguous(name, [entry.name for entry in found]))
     return found[0]
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import defaultdict
 from collections.abc import Sequence
 
 from lib_locon.cards import Card, fits
+from lib_locon.errors import ambiguous, near
 from lib_locon.prompt.completion import ranked
-
-MOST_NAMED = 5
-"""Files in a sentence."""
 
 
 class Names:
@@ -47,16 +44,6 @@ class Names:
         if len(files) == 1:
             return ""
         if name not in self._said:
-            self._said[name] = _several(name, files) if files else self._none(name)
+            none = f"there is no adapter {name!r}{near(name, self._files)}"
+            self._said[name] = ambiguous(name, files) if files else none
         return self._said[name]
-
-    def _none(self, name: str) -> str:
-        lower = {known.lower(): known for known in self._files}
-        near = difflib.get_close_matches(name.lower()[:200], lower, n=3, cutoff=0.5)
-        hint = f" (near it: {', '.join(lower[word] for word in near)})" if near else ""
-        return f"there is no adapter {name!r}{hint}"
-
-
-def _several(name: str, files: Sequence[str]) -> str:
-    more = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
-    return f"{name!r} could be any of these: {', '.join(files[:MOST_NAMED])}{more}. Write the one that you mean in full"

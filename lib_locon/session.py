@@ -22,7 +22,7 @@ from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Patch, make_plan
-from lib_locon.patching.rounding import Rounding
+from lib_locon.patching.rounding import Rounding, rounding_named
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import logical_shapes
 from lib_locon.prompt.request import Strengths
@@ -75,12 +75,12 @@ class Session:
     Works for any `nn.Module` whose parameters an adapter names, with or without the webui's structure around it.
     Weights that cannot hold the sum (fp8, packed integers) stay as they are, and the change is added to the output of
     their layer where its family allows it; with `side_path` that is done wherever it can be. `rounding` is once for the
-    whole sum, or `builtin`: after each use, in their order, as the webui's built-in Lora rounds.
+    whole sum, or `builtin`: after each use, in their order, as the webui's built-in Lora rounds; ValueError for others.
     """
 
     def __init__(self, model: nn.Module, *, side_path: bool = False, rounding: Rounding = "exact") -> None:
         self.side_path = side_path
-        self.rounding: Rounding = rounding
+        self.rounding = rounding_named(rounding)
         self._state = _state_of(model)
 
     @property

@@ -377,6 +377,8 @@ def test_a_name_that_is_none_is_refused() -> None:
     assert [rounding_named(name) for name in ROUNDINGS] == list(ROUNDINGS)
     with pytest.raises(ValueError, match="exact, builtin, not 'banker'"):
         rounding_named("banker")
+    with pytest.raises(ValueError, match="exact, builtin, not 'banker'"):
+        Session(nn.Linear(2, 2), rounding="banker")  # type: ignore[arg-type]
 
 
 # ---- the setting

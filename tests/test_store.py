@@ -597,10 +597,6 @@ from torch import nn
 from safetensors.torch import save_file
 import lib_locon
 from benchmarks.memory import anonymous, settle, watch
-from lib_locon.files.pristine import CheckpointSource
-from lib_locon.files.reader import SafetensorsFile
-from lib_locon.models.checkpoint_keys import checkpoint_keys
-from lib_locon.patching.store import BaseStore
 
 folder, policy = Path(sys.argv[1]), sys.argv[2]
 WIDTH, LAYERS = 1024, 96  # 384 MiB in fp32
@@ -620,9 +616,9 @@ def adapter(name, layers):
 
 every, some = adapter("every.safetensors", LAYERS), adapter("some.safetensors", 2)
 session = lib_locon.Session(model)
-file = SafetensorsFile(path)
-names = checkpoint_keys(session.table.shapes, file.entries)
-session.engine.store = store = BaseStore(policy, CheckpointSource(file, names))
+session.read_bases_from(path)
+store = session.engine.store
+store.policy = policy
 use = lambda path, strength: lib_locon.Use(lib_locon.load(path), lib_locon.Strengths.both(strength))
 session.apply([use(some, 1.0)])  # torch and its libraries set up what they need once
 session.restore()

@@ -23,7 +23,6 @@ from lib_locon.prompt.grammar import parse_prompt
 from lib_locon.report import Report
 
 PAGE, MOST_ON_A_PAGE = 100, 1000
-MAX_PROMPT = 100_000
 MOST_TAGS = 100
 """Of one dry run. Each may be a search among all names of a large collection."""
 FULL_PATHS = "SD_WEBUI_LOCON_FULL_PATHS"
@@ -155,8 +154,8 @@ class Api:
             raise WebError(422, entry.without_folder(str(error))) from error
         shown = {key: value for key, value in found.items() if key not in ("path", "match")}
         notes = [entry.without_folder(note) for note in found["notes"]]
-        path = {"path": _full(entry)} if _full_paths(ask) else {}
-        return {**shown, "name": entry.name, "file": _file(entry), **path, "notes": notes}
+        path = {"path": entry.full_path} if _full_paths(ask) else {}
+        return {**shown, "name": entry.name, "file": entry.file, **path, "notes": notes}
 
     def loaded(self, ask: Ask) -> Loaded:
         """What the last image was made with, as long as the model holds it, and what was wrong with its tags."""
@@ -166,11 +165,7 @@ class Api:
 
     def dry_run(self, ask: Ask) -> DryRunAnswer:
         """What a prompt would change. Writes nothing, and reads headers only."""
-        prompt = ask.body.get("prompt") if isinstance(ask.body, dict) else None
-        if not isinstance(prompt, str):
-            raise WebError(400, 'the request must be a JSON object such as {"prompt": "a cat <lora:name:0.8>"}')
-        if len(prompt) > MAX_PROMPT:
-            raise WebError(413, f"a prompt may have {MAX_PROMPT} characters, this one has {len(prompt)}")
+        prompt = ask.prompt()
         held = self.model()
         if held is None:
             raise WebError(409, "no model is loaded, so nothing can be said about it; make an image first")
@@ -205,15 +200,6 @@ def _told(report: Report) -> Told:
     }
 
 
-def _file(entry: Entry) -> str:
-    """Its path from the adapter folder on."""
-    return entry.name + entry.path.suffix
-
-
-def _full(entry: Entry) -> str:
-    return os.path.abspath(entry.path)  # noqa: PTH100  links stay as they are
-
-
 def _full_paths(ask: Ask) -> bool:
     return ask.local and os.environ.get(FULL_PATHS) == "1"
 
@@ -234,7 +220,7 @@ def _adapter_item(card: Card, *, full_path: bool) -> AdapterItem:
         "name": card.name,
         "tag": card.tag,
         "alias": facts.alias if facts else "",
-        "file": _file(entry),
+        "file": entry.file,
         "size": card.identity.size,
         "modified": card.identity.mtime_ns // 10**9,
         "family": card.family,
@@ -246,5 +232,5 @@ def _adapter_item(card: Card, *, full_path: bool) -> AdapterItem:
         "read": facts is not None,
     }
     if full_path:
-        item["path"] = _full(entry)
+        item["path"] = entry.full_path
     return item

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,7 +40,7 @@ def builtin_list(library: Library, *, full_paths: bool = False) -> list[BuiltinI
 
 def _item(entry: Entry, name: str, allow_pickle: bool, full_path: bool) -> BuiltinItem:
     metadata = _metadata(entry.path, allow_pickle)
-    path = os.path.abspath(entry.path) if full_path else entry.name + entry.path.suffix  # noqa: PTH100  links stay
+    path = entry.full_path if full_path else entry.file
     return {"name": name, "alias": str(metadata.get("ss_output_name", name)), "path": path, "metadata": metadata}
 
 

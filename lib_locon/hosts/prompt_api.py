@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TypedDict
 
 from lib_locon.cards import Card, Cards
-from lib_locon.hosts.web import Ask, Route, WebError
+from lib_locon.hosts.web import Ask, Route
 from lib_locon.library import Entry
 from lib_locon.names import Names
 from lib_locon.prompt.completion import NAME, place_at_end, words
@@ -22,7 +22,7 @@ from lib_locon.prompt.presets import Presets
 from lib_locon.prompt.request import Problem
 
 MOST_OFFERED = 50
-MAX_TAG, MAX_PROMPT = 2_000, 100_000
+MAX_TAG = 2_000
 """Characters."""
 MOST_TOLD, MOST_MISSING = 5, 2
 """Sentences about one prompt, and those of them about names that lead to nothing: each is a search among all names."""
@@ -98,13 +98,8 @@ class PromptApi:
 
     def parse(self, ask: Ask) -> dict[str, list[Mistake]]:
         """What is wrong with the tags of a prompt, in their order. `negative`: it is a negative prompt."""
-        body = ask.body if isinstance(ask.body, dict) else {}
-        prompt = body.get("prompt")
-        if not isinstance(prompt, str):
-            raise WebError(400, 'the request must be a JSON object such as {"prompt": "a cat <lora:name:0.8>"}')
-        if len(prompt) > MAX_PROMPT:
-            raise WebError(413, f"a prompt may have {MAX_PROMPT} characters, this one has {len(prompt)}")
-        found = _in_negative(prompt) if body.get("negative") is True else self._mistakes(prompt)
+        prompt = ask.prompt()
+        found = _in_negative(prompt) if ask.body.get("negative") is True else self._mistakes(prompt)
         told: dict[tuple[str, str], Mistake] = {}
         for mistake in found:
             told.setdefault((mistake["message"], mistake["tag"]), mistake)

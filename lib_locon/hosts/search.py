@@ -13,7 +13,7 @@ from lib_locon.files.background import Background
 from lib_locon.files.hashes import Hashes as Pair
 from lib_locon.files.hashes import body_hash, hashes_of
 from lib_locon.files.reader import FileIdentity
-from lib_locon.library import ENOUGH_DIGITS, LEAST_DIGITS, Entry, Library
+from lib_locon.library import ENOUGH_DIGITS, LEAST_DIGITS, Entry, Library, only
 
 _T = TypeVar("_T")
 SECONDS = 5.0
@@ -72,12 +72,9 @@ class Search:
                 found.append(entry)
                 if len(digits) >= ENOUGH_DIGITS:
                     break
-        if len(found) > 1:
-            names = ", ".join(entry.name for entry in found)
-            raise UnknownName(f"{name!r} could be any of these: {names}. Write the one that you mean in full")
         if not found:
             raise UnknownName(f"no adapter has the hash {name}")
-        return found[0]
+        return only(found, name)
 
     def with_body(self, digest: str) -> tuple[list[Entry], bool]:
         """The files whose body has this hash, and whether all could be looked into."""

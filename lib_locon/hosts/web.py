@@ -16,6 +16,8 @@ from lib_locon.hosts.guard import Logins, is_local, may_ask
 log = logging.getLogger("lib_locon")
 MAX_BODY = 1_000_000
 """Bytes of a request."""
+MAX_PROMPT = 100_000
+"""Characters."""
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
@@ -52,6 +54,15 @@ class Ask:
         if not text.isascii() or not text.isdigit() or len(text) > 9 or not least <= int(text) <= most:
             raise WebError(400, f"{name} must be a whole number from {least} to {most}, not {text[:40]!r}")
         return int(text)
+
+    def prompt(self) -> str:
+        """The prompt in its body, which is an object then."""
+        prompt = self.body.get("prompt") if isinstance(self.body, dict) else None
+        if not isinstance(prompt, str):
+            raise WebError(400, 'the request must be a JSON object such as {"prompt": "a cat <lora:name:0.8>"}')
+        if len(prompt) > MAX_PROMPT:
+            raise WebError(413, f"a prompt may have {MAX_PROMPT} characters, this one has {len(prompt)}")
+        return prompt
 
 
 @dataclass(frozen=True)

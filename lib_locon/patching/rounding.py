@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lib_locon.arithmetic import exact_arithmetic, working_dtype
+from lib_locon.errors import one_of
 from lib_locon.patching.compute import Workspace, write_sum
 from lib_locon.patching.plan import Patch
 
@@ -22,10 +23,7 @@ ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 def rounding_named(name: str) -> Rounding:
     """One by its name. Raises ValueError."""
-    for known in ROUNDINGS:
-        if known == name:
-            return known
-    raise ValueError(f"the rounding must be one of {', '.join(ROUNDINGS)}, not {name!r}")
+    return one_of(ROUNDINGS, name, "rounding")
 
 
 def write_one_by_one(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lib_locon.errors import FileError, PatchError
+from lib_locon.errors import FileError, PatchError, one_of
 from lib_locon.patching.memory import Scratch, allocate
 
 Policy: TypeAlias = Literal["auto", "checkpoint", "ram", "device"]
@@ -31,10 +31,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 def policy_named(name: str) -> Policy:
     """A policy by its name. Raises ValueError."""
-    for known in POLICIES:
-        if known == name:
-            return known
-    raise ValueError(f"the policy must be one of {', '.join(POLICIES)}, not {name!r}")
+    return one_of(POLICIES, name, "policy")
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lib_locon.errors import near
 from lib_locon.prompt.blocks import BlockList, is_block_list, labelled, one_block, parse_block_list
 from lib_locon.prompt.elements import Elements, parse_rules
 from lib_locon.prompt.numbers import BadValue
@@ -31,7 +31,7 @@ class Presets:
         if found is not None:
             return found
         if "," not in word:
-            raise BadValue(f"lbw has no preset {word!r}{_near(word, self.blocks)}")
+            raise BadValue(f"lbw has no preset {word!r}{near(word, self.blocks)}")
         return parse_block_list(text)
 
     def element_rules(self, text: str) -> Elements:
@@ -39,7 +39,7 @@ class Presets:
         word = text.strip()
         if word in self.elements:
             return self.elements[word]
-        raise BadValue(f"lbwe has no preset {word!r}{_near(word, self.elements)}")
+        raise BadValue(f"lbwe has no preset {word!r}{near(word, self.elements)}")
 
     def with_text(self, text: str) -> Presets:
         """These and the user's own, which win.
@@ -73,11 +73,6 @@ def _checked(name: str) -> str:
     if not name or any(mark in name for mark in ",=<>"):
         raise BadValue(f"a preset's name has none of , = < > in it, and {name!r} cannot be one")
     return name
-
-
-def _near(word: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word[:80], list(names), n=3, cutoff=0.5)
-    return f" (near it: {', '.join(near)})" if near else ""
 
 
 BUILT_IN = Presets().with_text(
