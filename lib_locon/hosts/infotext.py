@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,8 +44,8 @@ class Infotext:
 
     def __init__(self, hashes: Callable[[], Background[str]]) -> None:
         self._hashes = hashes
-        self._unfinished: Any = None
-        """The job whose hashes are not all there yet."""
+        self._unfinished: list[weakref.ref[Any]] = []
+        """The jobs whose hashes are not all there yet: one, and those that it runs inside of."""
 
     def write(self, p: Any, uses: Sequence[Use], report: Report, *, hires: bool, hashes: bool, applied: bool) -> None:
         """Says what a pass uses, in the place of what was said of that pass before."""
@@ -57,12 +59,15 @@ class Infotext:
         _put(p, APPLIED, first)
         _put(p, APPLIED_HIRES, (second or NOTHING) if True in passes and second != first else "")
         self._hashes().read([file for _, file in files], PATIENCE)
-        self._unfinished = None if self._put_hashes(p) else p
+        if not self._put_hashes(p):
+            with suppress(TypeError):  # a program's own kind of job, which may not be looked after
+                self._unfinished.append(weakref.ref(p))
 
     def fill(self) -> None:
         """To be called at each step: adds the hashes that were computed since."""
-        if self._unfinished is not None and self._put_hashes(self._unfinished):
-            self._unfinished = None
+        if self._unfinished:
+            jobs = {id(p): each for each in self._unfinished if (p := each()) is not None and not self._put_hashes(p)}
+            self._unfinished = list(jobs.values())
 
     def _put_hashes(self, p: Any) -> bool:
         """Whether all of them are there."""
