@@ -280,13 +280,13 @@ class Scripts:
     def __init__(self, place: str = "", action: Callable[[], object] = object) -> None:
         self.place, self.action = place, action
 
-    def after_extra_networks_activate(self, p: Any, **_: Any) -> None:
-        self.at("after_extra_networks_activate", p)
+    def after_extra_networks_activate(self, *_: Any, **__: Any) -> None:
+        self._at("after_extra_networks_activate")
 
-    def process_batch(self, p: Any, **_: Any) -> None:
-        self.at("process_batch", p)
+    def process_batch(self, *_: Any, **__: Any) -> None:
+        self._at("process_batch")
 
-    def at(self, place: str, p: Any) -> None:
+    def _at(self, place: str) -> None:
         if place == self.place:
             self.action()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +155,11 @@ class Axes:
 
     def _change(self, p: Any, name: str, change: edit.Change) -> None:
         cell = _cell(p)
-        if not name and cell.off:
-            return
-        tags, names = [tag.name for tag in edit.tags(_prompt(p))], cell.names
-        place = names.index(name) - cell.gone if name in names else -1 if name or not tags else 0
-        if name in names and place < 0:
-            return  # it was taken out
-        if place >= 0:
+        tags = [tag.name for tag in edit.tags(_prompt(p))]
+        place = cell.names.index(name) - cell.gone if name in cell.names else 0
+        if place < 0 or (cell.off and not name):
+            return  # its adapter was taken out
+        if name in cell.names or (tags and not name):
             presets, before = self._presets(), tags[:place].count(tags[place])
             _in_prompts(p, tags[place], before, lambda text, tag: edit.changed(text, tag, change, presets))
         elif name or not self._with_adapters():
@@ -229,7 +226,7 @@ def _in_prompts(p: Any, name: str, before: int, change: Callable[[str, edit.Tag]
     """Changes a tag of that adapter in each prompt of the job, that of the hires pass too: the first after `before`."""
 
     def changed(text: str) -> str:
-        tag = next(islice((tag for tag in edit.tags(text) if tag.name == name), before, None), None)
+        tag = edit.first_tag(text, name, before)
         return text if tag is None else change(text, tag)
 
     p.prompt = list(map(changed, p.prompt)) if isinstance(p.prompt, list) else changed(p.prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from lib_locon.errors import LoconError
 from lib_locon.prompt.grammar import KINDS, TAG, Parsed, parse_tag
@@ -44,9 +45,9 @@ def tags(prompt: str) -> Iterator[Tag]:
             yield Tag(match[1], tuple(match[2].split(":")), match.start(), match.end())
 
 
-def first_tag(prompt: str, name: str = "") -> Tag | None:
-    """The first one, or the first one of that adapter."""
-    return next((tag for tag in tags(prompt) if not name or tag.name == name), None)
+def first_tag(prompt: str, name: str = "", before: int = 0) -> Tag | None:
+    """The first one, or the first one of that adapter; the first after `before` others of that kind."""
+    return next(islice((tag for tag in tags(prompt) if not name or tag.name == name), before, None), None)
 
 
 def without(prompt: str, tag: Tag) -> str:
