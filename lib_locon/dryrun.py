@@ -82,7 +82,7 @@ class Trial:
 
     def _matched(self, adapter: Adapter) -> Match:
         # not `session.match`: that keeps what it finds, for adapters whose factors are there
-        return match(adapter, self._table, self._side.unusable)
+        return match(adapter, self._table, self._side.judge())
 
     def _sizes(self, paths: Iterable[str]) -> dict[int, int]:
         """Bytes of each weight; one that goes by several names is one."""

@@ -66,7 +66,7 @@ class _OfModel:
 def _fit(path: Path, session: Session, *, allow_pickle: bool) -> Fit:
     # not `session.match`: that keeps what it finds, for adapters whose factors are there
     adapter = read_adapter(path, header_only=True, allow_pickle=allow_pickle)
-    found = match(adapter, session.table, session.side.unusable)
+    found = match(adapter, session.table, session.side.judge())
     if not found.used and found.made_for:
         why = f"it was made for {found.made_for}; {summary(found.unmatched)}"
     else:

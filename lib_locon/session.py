@@ -160,7 +160,7 @@ class Session:
         with self._state.lock:
             found = self._state.matches.get(adapter)
             if found is None:
-                found = self._state.matches[adapter] = match(adapter, self.table, self.side.unusable)
+                found = self._state.matches[adapter] = match(adapter, self.table, self.side.judge())
             return found
 
 

@@ -6,16 +6,20 @@ The truth is torch's own operation with base + ΔW in fp64, ΔW by the scalar fo
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import mmap
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,12 +31,16 @@ from lib_locon.families.build import Hints, build_layers
 from lib_locon.families.layer import Layer
 from lib_locon.families.rows import RowsLayer
 from lib_locon.models.targets import View
+from lib_locon.patching import storage
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Patch, Plan, make_plan
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import decode, encode, logical_shapes, which_path
 from tests import random_adapters
 from tests.oracles import naive
+
+if TYPE_CHECKING:
+    from tests.conftest import WriteAdapter
 
 FP8 = torch.float8_e4m3fn
 NOISE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -446,7 +454,7 @@ def test_a_module_under_two_names_and_a_weight_in_two_modules() -> None:
             side.set(make_plan([patch("head.weight", layer)]))
         assert not hooked(tied)
         tied["head"].weight = tied["words"].weight = nn.Parameter(rounded.to("meta"), requires_grad=False)
-        assert "Embedding" in str(SidePath(tied, combine).unusable(View("head.weight"), layer))
+        assert "Embedding" in str(SidePath(tied, combine).judge()(View("head.weight"), layer))
 
 
 @torch.no_grad()
@@ -560,6 +568,39 @@ def test_read_only_memory_is_noticed(tmp_path: Path) -> None:
     assert which_path(layer, "weight", View("weight"), branch=False).path is None
     layer.weight = nn.Parameter(torch.zeros(1, 1).expand(12, 8))
     assert which_path(layer, "weight", View("weight"), branch=True).reason == "the model's weight is read-only"
+
+
+@pytest.mark.skipif(not hasattr(torch.UntypedStorage, "resizable"), reason="this torch tells of no memory whose it is")
+def test_a_model_of_mapped_weights_costs_a_few_looks_at_memory(
+    tmp_path: Path, write_adapter: WriteAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one for each weight: in a webui's process each takes a millisecond."""
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(40)))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    assert not model[0].weight.untyped_storage().resizable()
+    looks = []
+    real = storage._protected_spans
+    monkeypatch.setattr(storage, "_protected_spans", lambda: looks.append(1) or real())
+    factors = {"lora_up.weight": numbers(8, 2), "lora_down.weight": numbers(2, 8)}
+    adapter = lib_locon.load(write_adapter(tmp_path / "a.safetensors", {str(i): factors for i in range(40)}))
+    session = lib_locon.Session(model)
+    assert session.apply([lib_locon.Use(adapter)]).written == 40
+    assert 0 < len(looks) < 5
+    session.restore()
+    assert 0 < len(looks) < 7
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing tells")
+def test_where_memory_begins_and_ends_to_be_protected() -> None:
+    size = mmap.PAGESIZE
+    with mmap.mmap(-1, 3 * size) as spans:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(spans))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(size), 1) == 0  # the middle: only read
+        memory = storage.Memory()
+        places = [start, start + size - 1, start + size, start + 2 * size - 1, start + 2 * size, start + 3 * size - 1]
+        assert [memory.protects(place) for place in places] == [False, False, True, True, False, False]
 
 
 @torch.no_grad()

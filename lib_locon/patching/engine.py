@@ -18,7 +18,7 @@ from lib_locon.errors import PatchError
 from lib_locon.patching.compute import Workspace, overflows, patched, write_sum
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
-from lib_locon.patching.storage import cannot_hold, decode, encode
+from lib_locon.patching.storage import Memory, cannot_hold, decode, encode
 from lib_locon.patching.store import BaseLost, BaseStore, same_bits
 
 SAMPLE = 16  # numbers by which a weight is recognised where torch does not count the writes into it
@@ -82,6 +82,7 @@ class Engine:
         self.store = BaseStore()
         self._held: dict[str, _Held] = {}
         self._lock = threading.RLock()
+        self._memory = Memory()
         self.generation = 0
         """Another one after each write: whoever remembers what the model holds sees by it that this is past."""
 
@@ -108,6 +109,7 @@ class Engine:
         error goes on (as PatchError; an interrupt as itself).
         """
         with self._lock:
+            self._memory = Memory()
             self._accept_outside_writes()
             plan = self._untied(plan)
             wanted = {path: _keys(patches, rounding) for path, patches in plan.items()}
@@ -139,6 +141,7 @@ class Engine:
         interrupt: KeyboardInterrupt | None = None
         failed: dict[str, Exception] = {}
         with self._lock:
+            self._memory = Memory()
             while set(self._held) - set(failed):
                 try:
                     self._accept_outside_writes()
@@ -222,7 +225,7 @@ class Engine:
     ) -> Tensor | None:
         """The sum into `out`, and its extremes; a weight of 8 bits is read and rounded as its module says."""
         module, name = self._owner(path)
-        if cannot_hold(module, name) is None:
+        if cannot_hold(module, name, self._memory) is None:
             write = write_sum if rounding == "exact" else write_one_by_one
             return write(out, base, patches, space)
         total, extremes = patched(decode(module, name, base), patches, torch.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -19,7 +19,7 @@ from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
 from lib_locon.patching.hooks import Hook, Sum, Term
 from lib_locon.patching.plan import Patch, Plan
-from lib_locon.patching.storage import Route, cannot_hook, which_path
+from lib_locon.patching.storage import Memory, Route, cannot_hook, which_path
 
 _Key: TypeAlias = dict[str, tuple[object, ...]]
 """Of a plan: equal keys, equal hooks."""
@@ -56,28 +56,36 @@ class SidePath:
         """Whether any module has a hook."""
         return bool(self._hooks)
 
-    def route(self, view: View, delta: object, *, side: bool = False) -> Route:
+    def route(self, view: View, delta: object, *, side: bool = False, memory: Memory | None = None) -> Route:
         """By which way this ΔW reaches its weight; `side`: beside it wherever possible."""
-        branch = self._branches.has_branch(delta)
+        branch, memory = self._branches.has_branch(delta), memory or Memory()
         routes = [
-            which_path(self._module(path), name, view, branch=branch, parent=self._parent(path), side=side)
+            which_path(
+                self._module(path), name, view, branch=branch, parent=self._parent(path), side=side, memory=memory
+            )
             for path, name in self._owners[view.path]
         ]
         # a weight that two modules share is written once, or not at all; beside it means beside both
         return next((route for route in routes if route.path != "side"), routes[0])
 
-    def unusable(self, view: View, delta: object) -> str | None:
-        """Why this ΔW has no way to its weight at all; None where it has one."""
-        route = self.route(view, delta)
-        return route.reason if route.path is None else None
+    def judge(self) -> Callable[[View, object], str | None]:
+        """Says of each ΔW of an adapter why it has no way to its weight at all; None where it has one."""
+        memory = Memory()
+
+        def unusable(view: View, delta: object) -> str | None:
+            route = self.route(view, delta, memory=memory)
+            return route.reason if route.path is None else None
+
+        return unusable
 
     def split(self, plan: Plan, *, side: bool = False) -> tuple[Plan, Plan]:
         """(what the engine is to write, what is to run beside). Patches without any way stay with the engine."""
         merged: dict[str, tuple[Patch, ...]] = {}
         beside: dict[str, tuple[Patch, ...]] = {}
+        memory = Memory()
         for path, patches in plan.items():
             for patch in patches:
-                runs = self.route(patch.view, patch.delta, side=side).path == "side"
+                runs = self.route(patch.view, patch.delta, side=side, memory=memory).path == "side"
                 plans = beside if runs else merged
                 plans[path] = (*plans.get(path, ()), patch)
         return merged, beside

@@ -6,7 +6,8 @@ Knows no quantiser by name: it looks at dtypes and at what the module itself kee
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -38,14 +39,49 @@ class Route:
     reason: str = ""
 
 
+class Memory:
+    """What the system lets the process write, as it was at the first question: a look at it takes a millisecond.
+
+    For the weights of one change, which live meanwhile; another change takes another look.
+    """
+
+    def __init__(self) -> None:
+        self._protected: list[tuple[int, int]] | None = None
+        """First and last address of each span, in their order."""
+
+    def protects(self, address: int) -> bool:
+        """Whether a write there would end the process, as into a file that is mapped for reading only."""
+        if self._protected is None:
+            self._protected = sorted(_protected_spans())
+        before = bisect_right(self._protected, (address, sys.maxsize))
+        return before > 0 and address <= self._protected[before - 1][1]
+
+
+def _protected_spans() -> Iterator[tuple[int, int]]:
+    if sys.platform.startswith("linux"):  # elsewhere nothing tells
+        for line in Path("/proc/self/maps").read_text(encoding="utf8", errors="replace").splitlines():
+            span, rights, *_ = line.split(maxsplit=2)
+            if "w" not in rights:
+                first, last = span.split("-")
+                yield int(first, 16), int(last, 16) - 1
+
+
 def which_path(
-    module: nn.Module, name: str, view: View, *, branch: bool, parent: nn.Module | None = None, side: bool = False
+    module: nn.Module,
+    name: str,
+    view: View,
+    *,
+    branch: bool,
+    parent: nn.Module | None = None,
+    side: bool = False,
+    memory: Memory | None = None,
 ) -> Route:
     """For the parameter `name` of `module`: merge where it can hold the sum, else beside it, else requantised.
 
     `branch` says whether the ΔW can run beside the weight; `side`, that the user wants so wherever it can.
     """
-    why_not_merge = cannot_hold(module, name)
+    memory = memory or Memory()
+    why_not_merge = cannot_hold(module, name, memory)
     if why_not_merge is None and not (side and branch):
         return Route("merge")
     why_not_side = cannot_hook(module, name, view, parent)
@@ -53,13 +89,13 @@ def which_path(
         return Route("side", why_not_merge or "asked for")
     if why_not_merge is None:
         return Route("merge", str(why_not_side))
-    if can_requantise(module, name):
+    if can_requantise(module, name, memory):
         return Route("requantise", why_not_merge)
     beside = why_not_side or "this kind of adapter needs the weight itself"
     return Route(None, f"{why_not_merge}, and {beside}")
 
 
-def cannot_hold(module: nn.Module, name: str) -> str | None:
+def cannot_hold(module: nn.Module, name: str, memory: Memory) -> str | None:
     """Why the parameter cannot hold base + ΔW without loss, as half a sentence; None where it can."""
     weight: Tensor = getattr(module, name)
     if weight.is_meta:
@@ -70,7 +106,7 @@ def cannot_hold(module: nn.Module, name: str) -> str | None:
         return f"the model's weight is stored as {str(weight.dtype).removeprefix('torch.')}"
     if any(getattr(module, scale, None) is not None for scale in SCALES) and name == "weight":
         return "the model's weight is stored with a scale beside it"
-    return "the model's weight is read-only" if _read_only(weight) else None
+    return "the model's weight is read-only" if _read_only(weight, memory) else None
 
 
 def cannot_hook(module: nn.Module, name: str, view: View, parent: nn.Module | None = None) -> str | None:
@@ -94,33 +130,21 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
 
 
-def _read_only(weight: Tensor) -> bool:
+def _read_only(weight: Tensor, memory: Memory) -> bool:
     """Whether a write would fail: numbers that share memory among themselves, or memory that the system protects."""
     if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
         return True
     storage = weight.untyped_storage()
     owned = not hasattr(storage, "resizable") or storage.resizable()  # by torch, which allocates to write
-    return not owned and weight.device.type == "cpu" and weight.numel() > 0 and _protected(weight.data_ptr())
+    return not owned and weight.device.type == "cpu" and weight.numel() > 0 and memory.protects(weight.data_ptr())
 
 
-def _protected(address: int) -> bool:
-    # a write into a file mapped for reading only would end the process, so torch is not asked to try
-    if not sys.platform.startswith("linux"):
-        return False
-    for line in Path("/proc/self/maps").read_text(encoding="utf8", errors="replace").splitlines():
-        span, rights, *_ = line.split(maxsplit=2)
-        first, last = (int(end, 16) for end in span.split("-"))
-        if first <= address < last:
-            return "w" not in rights
-    return False
-
-
-def can_requantise(module: nn.Module, name: str) -> bool:
+def can_requantise(module: nn.Module, name: str, memory: Memory) -> bool:
     """Whether `decode` and `encode` know what the stored numbers stand for."""
     weight: Tensor = getattr(module, name)
     if weight.is_meta or type(weight) not in (nn.Parameter, Tensor) or hasattr(weight, "quant_state"):
         return False
-    if tuple(weight.shape) != logical_shape(module, name) or _read_only(weight):
+    if tuple(weight.shape) != logical_shape(module, name) or _read_only(weight, memory):
         return False
     scaled = _scale(module, name) is not None
     return weight.dtype in FP8 or (scaled and weight.dtype in (torch.int8, *PLAIN))
