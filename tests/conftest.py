@@ -38,6 +38,22 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def crew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two workers make the sums, however small."""
+    monkeypatch.setattr("lib_locon.patching.crew.WORTHWHILE", 0)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["alone", "crew"])
+def hands(request: pytest.FixtureRequest) -> None:
+    """The caller makes the sums, or two workers do."""
+    if request.param == "crew":
+        request.getfixturevalue("crew")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Skips what a torch as old as the webui's cannot do itself on the CPU: run a layer in fp16."""

@@ -84,6 +84,7 @@ def check_works(model: nn.Module, engine: Engine, plan: Plan, base: dict[str, by
 # ---- in the ΔW of one weight
 
 
+@pytest.mark.usefixtures("hands")
 @pytest.mark.parametrize("held", [False, True], ids=["from the base", "from another set"])
 @pytest.mark.parametrize("position", range(len(PATHS)))
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -107,6 +108,7 @@ def test_an_error_at_any_weight_leaves_the_base_and_says_so(
     check_works(model, engine, plan(3), base)
 
 
+@pytest.mark.usefixtures("hands")
 @pytest.mark.parametrize("held", [False, True], ids=["from the base", "from another set"])
 @pytest.mark.parametrize("position", range(len(PATHS)))
 @pytest.mark.parametrize("interrupt", INTERRUPTS, ids=lambda error: type(error).__name__)
@@ -282,9 +284,11 @@ def fault_at_line(number: int) -> Iterator[list[str]]:
 LOADED = "change after a checkpoint was loaded"
 
 
+@pytest.mark.usefixtures("hands")
 @pytest.mark.parametrize(
-    "step",
-    ["apply", "change", "remove", "restore", LOADED],
+    ("hands", "step"),
+    [*(("alone", step) for step in ("apply", "change", "remove", "restore", LOADED)), ("crew", "change")],
+    indirect=["hands"],
 )
 def test_an_interrupt_at_any_line_leaves_no_weight_half_way(
     zoo: Zoo, model: nn.Module, plan: Callable[..., Plan], step: str

@@ -157,7 +157,7 @@ class Family:
 
         (total, augend, base, start, strength): total ← augend + strength · ΔW, as matrices of some rows, from row
         `start` on. `base` are those rows of the weight; `augend` is `total` itself, or rows that share no memory with
-        it. This one makes ΔW whole; families that can make it row by row do.
+        it; `base` may be `total` too. This one makes ΔW whole; families that can make it row by row do.
         """
         whole = self.delta(base)
         if whole.shape != base.shape:  # torch would stretch it to fit

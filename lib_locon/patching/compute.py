@@ -18,8 +18,9 @@ from lib_locon.models.targets import View
 from lib_locon.patching.memory import allocate
 from lib_locon.patching.plan import Adder, LowRank, Patch
 
-TILE = 3 << 18
-"""Numbers in a tile on the CPU: 3 MiB of fp32. Smaller tiles lose to overhead, larger ones leave the cache."""
+TILE = 2 << 18
+"""Numbers in a tile on the CPU: 2 MiB of fp32. Smaller tiles lose to overhead; of larger ones the cache does not hold
+what two workers need at a time."""
 
 
 _HARMLESS = {torch.float16: 8.0, torch.bfloat16: 2.0**100, torch.float32: 2.0**100, torch.float64: 2.0**900}
@@ -43,9 +44,10 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        # glibc gives each large block back to the system at once, until it has seen one of the size freed: without
-        # this, every product of a tile would be made in fresh pages, at three times its cost
-        torch.empty(2 * TILE, dtype=torch.float32, device="cpu")  # freed here
+        # glibc gives each large block back to the system at once, until it has seen one of the size freed, and what
+        # lies free at the end of a heap from twice that size on: without this, every product of a tile would be made in
+        # fresh pages, at three times its cost. Not a page of this one is touched
+        torch.empty(8 * TILE, dtype=torch.float32, device="cpu")  # freed here
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A contiguous tensor, numbers undefined."""
@@ -158,22 +160,24 @@ class _Range:
         """Adds what lies in the tile, which are rows `start` to `stop`."""
         low, high = max(start, self.start), min(stop, self.stop)
         if low < high:
-            total = tile[low - start : high - start]
-            self._add(total, total, source[low:high], low - self.start)
+            total, base = tile[low - start : high - start], source[low:high]
+            self._add(total, total, base, base, low - self.start)
 
     def write(self, tile: Tensor, base: Tensor, first: int) -> None:
         """tile ← base + all changes, from row `first` of the range on."""
-        augend = base if base.dtype == tile.dtype or self.factors is not None else tile.copy_(base)
-        self._add(tile, augend, base, first)
+        to_widen = base.dtype != tile.dtype and self.factors is None
+        pristine = tile.copy_(base) if to_widen else base
+        self._add(tile, pristine, pristine, base, first)
 
-    def _add(self, total: Tensor, augend: Tensor, base: Tensor, first: int) -> None:
+    def _add(self, total: Tensor, augend: Tensor, pristine: Tensor, base: Tensor, first: int) -> None:
+        # `pristine`: `base`, or the same in the working dtype where `total` will be: until that is written
         if self.factors is not None:
             up, down = self.factors
             add_product(total, augend, up[first : first + len(total)], down)
-            augend = total
+            augend, pristine = total, base
         for adder, strength in self.adders:
-            adder(total, augend, base, first, strength)
-            augend = total
+            adder(total, augend, pristine, first, strength)
+            augend, pristine = total, base
 
 
 def _ranges(base: Tensor, patches: Sequence[Patch], space: Workspace) -> Iterator[_Range]:

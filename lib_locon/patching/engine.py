@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
 from lib_locon.patching.compute import Workspace, overflows, patched, write_sum
+from lib_locon.patching.crew import can_share, crew_for
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import Memory, cannot_hold, decode, encode
@@ -51,6 +52,19 @@ class _Held:
         return self.patches is None or (self.weight == id(weight) and self.version == _version(weight))
 
 
+class _Failed(Exception):
+    """A weight that could not be written. Its cause says why."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+def _not_patched(what: str, cause: BaseException | None) -> PatchError:
+    why = str(cause) or type(cause).__name__
+    return PatchError(f"{what} could not be patched ({why}); every weight is the base again")
+
+
 def _keys(patches: Sequence[Patch], rounding: Rounding) -> tuple[object, ...]:
     return (rounding, *(patch.key for patch in patches))
 
@@ -84,7 +98,7 @@ class Engine:
         self._lock = threading.RLock()
         self._memory = Memory()
         self.generation = 0
-        """Another one after each write: whoever remembers what the model holds sees by it that this is past."""
+        """Another one after each change: whoever remembers what the model holds sees by it that this is past."""
 
     @property
     def active(self) -> bool:
@@ -115,18 +129,16 @@ class Engine:
             wanted = {path: _keys(patches, rounding) for path, patches in plan.items()}
             held = {path: entry.keys for path, entry in self._held.items()}
             changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
-            path, extremes = "", {}
+            if not changed:
+                return 0
             try:
-                space = Workspace()
-                for path in changed:
-                    extremes[path] = self._write(path, plan.get(path, ()), rounding, space)
-                path = self._overflowing(extremes)
-                if path:
-                    raise OverflowError("at these strengths its numbers are beyond those of its dtype")
+                self._write_all(changed, plan, rounding)
+            except _Failed as failure:
+                self.restore()
+                raise _not_patched(failure.path, failure.__cause__) from failure.__cause__
             except Exception as error:
                 self.restore()
-                what = str(error) or type(error).__name__
-                raise PatchError(f"{path} could not be patched ({what}); every weight is the base again") from error
+                raise _not_patched("the model", error) from error
             except BaseException:
                 self.restore()
                 raise
@@ -158,6 +170,7 @@ class Engine:
                              "load the checkpoint again") from cause  # fmt: skip
 
     def _restore_one(self, path: str, failed: dict[str, Exception]) -> None:
+        self.generation += 1
         try:
             self._write(path, ())
         except BaseLost as error:
@@ -193,6 +206,44 @@ class Engine:
             else:
                 self._forget(path)
 
+    def _write_all(self, paths: Sequence[str], plan: Plan, rounding: Rounding) -> None:
+        """Writes these weights, those that two workers may first. Raises _Failed."""
+        extremes: dict[str, Tensor | None] = {}
+        self.generation += 1
+
+        def begin() -> Callable[[str], None]:
+            space = Workspace()
+
+            def write(path: str) -> None:
+                try:
+                    extremes[path] = self._write(path, plan.get(path, ()), rounding, space)
+                except Exception as error:
+                    raise _Failed(path) from error
+
+            return write
+
+        sizes = {path: self._to_share(path) for path in paths if plan.get(path)} if can_share() else {}
+        crew = crew_for(sum(sizes.values()))
+        if crew is not None:
+            # the largest first, so that both end at nearly the same time
+            crew.run(sorted(filter(sizes.get, sizes), key=sizes.__getitem__, reverse=True), begin)
+        alone = begin()
+        for path in paths:
+            if path not in extremes:
+                alone(path)
+        path = self._overflowing(extremes)
+        if path:
+            raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")
+
+    def _to_share(self, path: str) -> int:
+        """How many numbers a worker would write there; 0: better the caller, for it runs others' code, or a GPU."""
+        try:
+            weight, (module, name) = self._weight(path), self._owner(path)
+        except (KeyError, PatchError):  # to be said where it is written
+            return 0
+        holds = weight.device.type == "cpu" and cannot_hold(module, name, self._memory) is None
+        return weight.numel() if holds else 0
+
     def _write(
         self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
     ) -> Tensor | None:
@@ -200,7 +251,6 @@ class Engine:
         extremes: Tensor | None = None
         with _writing(weight):
             base = self.store.save(path, weight)
-            self.generation += 1
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
             self._held[path] = _Held.by(weight, None, rounding)
             if patches:

@@ -38,39 +38,49 @@ def _mapping(nbytes: int) -> mmap.mmap:
 
 
 class Scratch:
-    """One buffer, lent for one tensor after the other, so that reading a model back touches no new pages.
+    """Buffers, each lent for one tensor after the other, so that reading a model back touches no new pages.
 
-    What is lent stays as it is while anything stands on it, views of it too: only then is the buffer lent again. Not
-    pinned: a copy to a GPU that still runs when the tensor dies would read the next weight's numbers.
+    What is lent stays as it is while anything stands on it, views of it too: only then is its buffer lent again. So
+    there are as many as tensors live at a time. Not pinned: a copy to a GPU that still runs when the tensor dies would
+    read the next weight's numbers. Safe for several threads, and without a lock that an interrupt could leave closed.
     """
 
     def __init__(self) -> None:
-        self._buffer: bytearray | mmap.mmap | None = None
-        self._size = 0
-        self._lent: weakref.ref[memoryview] | None = None
+        self.free()
 
     def lend(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU, numbers undefined."""
         nbytes = prod(shape) * dtype.itemsize
         if nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
             return torch.empty(shape, dtype=dtype, device="cpu")
-        if self._buffer is None or self._size < nbytes or self._in_use:
-            self.free()  # before the larger one is made
-            self._buffer, self._size = _mapping(nbytes), nbytes
+        idle = self._idle
+        buffer = _large_enough(idle, nbytes)
+        if buffer is None:
+            buffer = _mapping(nbytes)
+            self._made.add(buffer)
         # torch holds on to the memoryview for as long as the storage lives: its death says that the buffer is free
-        lease = memoryview(self._buffer)
-        self._lent = weakref.ref(lease)
+        lease = memoryview(buffer)
+        weakref.finalize(lease, idle.append, buffer).atexit = False
         return torch.frombuffer(lease, dtype=dtype, count=prod(shape)).view(shape)
 
     def free(self) -> None:
-        """Gives the buffer back to the system, at the latest when nothing stands on it any more."""
-        self._buffer, self._size, self._lent = None, 0, None
+        """Gives the buffers back to the system, at the latest when nothing stands on them any more."""
+        self._idle: list[mmap.mmap] = []
+        self._made: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     @property
     def nbytes(self) -> int:
-        """Bytes held between two tensors."""
-        return self._size
+        """Bytes held, lent or not."""
+        return sum(map(len, self._made))
 
-    @property
-    def _in_use(self) -> bool:
-        return self._lent is not None and self._lent() is not None
+
+def _large_enough(idle: list[mmap.mmap], nbytes: int) -> mmap.mmap | None:
+    """Takes one out. Those that are too small go, before a larger one is made."""
+    while idle:
+        try:
+            buffer = idle.pop()
+        except IndexError:  # another thread had it
+            break
+        if len(buffer) >= nbytes:
+            return buffer
+    return None

@@ -16,7 +16,7 @@ from lib_locon.models.targets import View
 Adder: TypeAlias = Callable[[Tensor, Tensor, Tensor, int, float], None]
 """(total, augend, base, start, strength): total ← augend + strength · ΔW, some rows of the sum from row `start` on, as
 matrices in fp32 (or fp64). `augend` is `total` itself, or shares no memory with it; `base` are the same rows of the
-pristine weight in their own dtype."""
+pristine weight in their own dtype or that of `total`, and may be `total` itself: to be read before that is written."""
 
 LowRank: TypeAlias = tuple[Tensor, Tensor, float]
 """`(up, down, scale)`: ΔW = scale · up · down as matrices, `(out, r)` and `(r, n)`, in whatever dtypes are at hand."""

@@ -9,7 +9,7 @@ weight, bit for bit. What differs (a baked VAE, a merge, an edited weight) or is
 A copy outlives its use: the next adapter finds it there, for memory given back and taken again costs more time than any
 sum. It counts for nothing until it was compared with the weight once more. `free_unused` gives it back at once.
 
-Not safe for several threads: the engine's lock is around every call.
+Several threads may save at a time, each another weight; around everything else is the engine's lock.
 """
 
 from __future__ import annotations
