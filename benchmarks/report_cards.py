@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.report_table import missing, table
+from benchmarks.report_table import section, table
 
 WHAT: Mapping[str, str] = {
     "cold": "no index yet: every header is read, in the background",
@@ -14,26 +14,24 @@ WHAT: Mapping[str, str] = {
 }
 
 
-def section(found: Mapping[str, Any] | None) -> Iterator[str]:
+_INTRO = """\
+The page of a large collection, each listing in a process of its own. Seconds are the processor's, but for
+the list that comes first, in which cards that wait for their header say so: those are seconds of the clock.
+In brackets multiples of reading and parsing the headers and nothing more. `memory` is what listing, page
+and five searches added to the process."""
+
+
+def cards(found: Mapping[str, Any] | None) -> Iterator[str]:
     """Its lines."""
-    yield "## Cards"
-    yield ""
-    yield "The page of a large collection, each listing in a process of its own. Seconds are the processor's, but for"
-    yield "the list that comes first, in which cards that wait for their header say so: those are seconds of the clock."
-    yield "In brackets multiples of reading and parsing the headers and nothing more. `memory` is what listing, page"
-    yield "and five searches added to the process."
-    yield ""
-    if (why := missing(found)) is not None:
-        yield from (why, "")
-        return
-    assert found is not None
-    result = found["result"]
+    return section("Cards", _INTRO, found, _listings)
+
+
+def _listings(result: Mapping[str, Any]) -> Iterator[str]:
     sizes = f"index {result['index_mib']:.1f} MiB; page {result['rows']['warm']['page_mib']:.1f} MiB."
     yield f"{result['files']} files. Headers alone {result['floor_seconds']:.1f} s; {sizes}"
     yield ""
     rows = [[WHAT[name], *_cells(row)] for name, row in result["rows"].items()]
     yield from table(["start", "first list after", "all cards complete", "page's HTML", "a search", "memory"], rows)
-    yield ""
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

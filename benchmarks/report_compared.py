@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report_table import missing, table
+from benchmarks.report_table import section, table
 
 OURS = ("ours-ram", "ours-checkpoint")
 _WHAT: Mapping[str, str] = {
@@ -26,17 +26,12 @@ agree with sums in fp64, within the roundings of the dtype. The webui's built-in
 only."""
 
 
-def section(found: Mapping[str, Any] | None) -> Iterator[str]:
+def compared(found: Mapping[str, Any] | None) -> Iterator[str]:
     """The ways, their numbers, and who loses where."""
-    yield "## Beside what users have from PyPI"
-    yield ""
-    if (why := missing(found)) is not None:
-        yield from (why, "")
-        return
-    assert found is not None
-    result = found["result"]
-    yield from _INTRO.splitlines()
-    yield ""
+    return section("Beside what users have from PyPI", _INTRO, found, _all)
+
+
+def _all(result: Mapping[str, Any]) -> Iterator[str]:
     yield from _ways(result)
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
@@ -54,7 +49,6 @@ def section(found: Mapping[str, Any] | None) -> Iterator[str]:
                 yield from ("", f"`{row['way']}`: not measured: {row['why']}.")
     yield ""
     yield from _duel(groups)
-    yield ""
 
 
 def _ways(result: Mapping[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import report_cards, report_compared
-from benchmarks.report_table import missing, table
+from benchmarks.report_table import missing, section, table
 
 BARS: Mapping[str, tuple[float, float, float]] = {
     "locon-r8": (2.5, 4, 6),
@@ -34,6 +34,10 @@ WHAT: Mapping[str, str] = {
     "remove": "remove everything",
     "same": "the same set again",
 }
+_MEMORY = """\
+Anonymous memory (RssAnon) over the loaded model, as a share of the bytes of the touched weights: one LoCon
+of rank 8 read and applied, then switches between five sets. `drift` is how much more the last round holds
+than the second."""
 _MACHINE = ("processor", "cores", "memory", "gpu", "system", "python", "torch", "sd-webui-locon")
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -41,8 +45,8 @@ Results = Mapping[str, Mapping[str, Any]]
 
 def page(results: Results) -> str:
     """The whole page, as Markdown."""
-    parts = [_head(results), _speed(results), _memory(results.get("memory"))]
-    parts += [report_compared.section(results.get("compared")), report_cards.section(results.get("cards"))]
+    parts = [_head(results), _speed(results), section("Memory", _MEMORY, results.get("memory"), _memory)]
+    parts += [report_compared.compared(results.get("compared")), report_cards.cards(results.get("cards"))]
     parts.append(_gpu(results))
     return "\n".join(line for part in parts for line in part) + "\n"
 
@@ -142,18 +146,7 @@ def _count(judged: Iterable[bool | None]) -> str:
     return f"**{sum(judged)} of {len(judged)} bars are met.**" if judged else "No bars."
 
 
-def _memory(found: Mapping[str, Any] | None) -> Iterator[str]:
-    yield "## Memory"
-    yield ""
-    yield "Anonymous memory (RssAnon) over the loaded model, as a share of the bytes of the touched weights: one LoCon"
-    yield "of rank 8 read and applied, then switches between five sets. `drift` is how much more the last round holds"
-    yield "than the second."
-    yield ""
-    if (why := missing(found)) is not None:
-        yield from (why, "")
-        return
-    assert found is not None
-    result = found["result"]
+def _memory(result: Mapping[str, Any]) -> Iterator[str]:
     judged = [None if row["bar"] is None else row["ok"] for row in result["rows"]]
     yield f"{result['model']} {result['dtype']}, {result['touched_mib']:.0f} MiB touched. {_count(judged)}"
     yield ""
@@ -164,7 +157,6 @@ def _memory(found: Mapping[str, Any] | None) -> Iterator[str]:
         drift = f"{row['drift_mib']:.1f} MiB in {row['switches']} switches"
         rows.append([f"`{row['policy']}`", peak + bar, f"{row['held']:.3f}", drift, f"{row['first_seconds']:.2f} s"])
     yield from table(["base kept by", "peak", "held", "drift", "first adapter, with its file"], rows)
-    yield ""
 
 
 def _gpu(results: Results) -> Iterator[str]:

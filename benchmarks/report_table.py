@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -16,6 +16,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> 
 
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def section(
+    title: str, intro: str, found: Mapping[str, Any] | None, body: Callable[[Mapping[str, Any]], Iterable[str]]
+) -> Iterator[str]:
+    """Lines of a part of the page: what is shown, then the result as `body` writes it, or why there is none."""
+    yield from (f"## {title}", "", *intro.splitlines(), "")
+    why = missing(found)
+    yield from body(found["result"]) if found is not None and why is None else [why or ""]
+    yield ""
 
 
 def missing(found: Mapping[str, Any] | None) -> str | None:
