@@ -27,11 +27,41 @@ def working_dtype(base: Tensor) -> torch.dtype:
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left · right, (m, k) and (k, n) of one dtype, a new tensor; fp32 rounds no factor."""
-    plain = left.dtype == torch.float32 and left.device.type == "cpu"
-    # oneDNN's operator would lose the gradients of factors that are being trained
-    learning = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    fast = _onednn() if plain and not learning else None
-    return left @ right if fast is None else fast(left, right)
+    return multiplier(right)(left)
+
+
+def multiplier(right: Tensor) -> Callable[[Tensor], Tensor]:
+    """left ↦ left · right, as `product`: for several `left`, so that what `right` needs is done once."""
+    operator = _onednn() if _is_plain(right) else None
+    if operator is None:
+        return lambda left: left @ right
+    # it takes the transpose of a contiguous matrix as it is; another it would put in order first, at great cost
+    transposed = right.contiguous().t()
+
+    def multiply(left: Tensor) -> Tensor:
+        # it would lose the gradients of factors that are being trained
+        if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+            return left @ right
+        return operator(left.contiguous(), transposed, None, "none", [], "")
+
+    return multiply
+
+
+def product_adder(right: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """(out, base, left): out ← base + left · right, all of one dtype; `base` may be `out`."""
+    multiply = multiplier(right) if _is_plain(right) else None
+
+    def add(out: Tensor, base: Tensor, left: Tensor) -> None:
+        if multiply is None:
+            torch.addmm(base, left, right, out=out)
+        else:
+            torch.add(base, multiply(left), out=out)
+
+    return add
+
+
+def _is_plain(factor: Tensor) -> bool:
+    return factor.dtype == torch.float32 and factor.device.type == "cpu"
 
 
 @cache
@@ -52,16 +82,6 @@ def rounded_product(left: Tensor, right: Tensor) -> Tensor:
     return (left.float() @ right.float()).to(left.dtype)
 
 
-def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor) -> None:
-    """out ← base + left · right, in the dtype of `out`; `base` may be `out`, or of a narrower dtype."""
-    if base.dtype != out.dtype:  # torch would widen `base` in a temporary of its own, and fp8 not at all
-        base = out.copy_(base)
-    if left.dtype == torch.float32 and left.device.type == "cpu":
-        torch.add(base, product(left, right), out=out)
-    else:
-        torch.addmm(base, left, right, out=out)
-
-
 def add_scaled(total: Tensor, augend: Tensor, change: Tensor, strength: float) -> None:
     """total ← augend + strength · change, in one pass; `augend` is `total` itself, or shares no memory with it."""
     if augend is total:  # so that it can be trained through
@@ -79,26 +99,21 @@ def add_scaled_product(total: Tensor, augend: Tensor, one: Tensor, other: Tensor
 
 
 @cache
-def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """left · right by oneDNN, which torch brings beside MKL; None where it has none, or it is wrong.
+def _onednn() -> Callable[..., Tensor] | None:
+    """torch's operator for left · right by oneDNN, which it brings beside MKL; None where it has none, or it is wrong.
 
     On AMD's processors MKL's fp32 product has half the speed. torch takes oneDNN's for half precision only, and the
     operator is not among its documented ones: so it is tried on a small product first, and done without on any doubt.
     """
     try:
-        operator = torch.ops.mkldnn._linear_pointwise.default
+        operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
         generator = torch.Generator(device="cpu").manual_seed(0)
         # told everything: the host may have set other defaults
         cpu, fp32 = torch.device("cpu"), torch.float32
         left = torch.rand((33, 24), generator=generator, dtype=fp32, device=cpu)
         right = torch.rand((24, 65), generator=generator, dtype=fp32, device=cpu)
-
-        def multiply(left: Tensor, right: Tensor) -> Tensor:
-            # it takes the transpose of a contiguous matrix as it is; another it would put in order first, at great cost
-            result: Tensor = operator(left.contiguous(), right.contiguous().t(), None, "none", [], "")
-            return result
-
-        return multiply if torch.allclose(multiply(left, right), left @ right, rtol=1e-5, atol=1e-5) else None
+        found = operator(left, right.t(), None, "none", [], "")
+        return operator if torch.allclose(found, left @ right, rtol=1e-5, atol=1e-5) else None
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lib_locon
 from lib_locon import Session, Strengths, Use, arithmetic
-from lib_locon.arithmetic import add_product, exact_arithmetic, product
+from lib_locon.arithmetic import exact_arithmetic, product, product_adder
 from lib_locon.families.build import Hints, build_layers
 from lib_locon.families.dora import DoRALayer
 from lib_locon.families.lora import LoRA
@@ -45,10 +45,13 @@ def test_a_product_is_that_of_float64(size: tuple[int, int, int], transposed: bo
         left, right = left.T.contiguous().T, right.T.contiguous().T
     exact = left.double() @ right.double()
     assert torch.allclose(product(left, right).double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        base, out = rand(m, n, seed=2).to(dtype), torch.empty(m, n)
-        add_product(out, base, left, right)
-        assert torch.allclose(out.double(), base.double() + exact, rtol=1e-5, atol=1e-5 * k**0.5)
+    base, out, add = rand(m, n, seed=2), torch.empty(m, n), product_adder(right)
+    for factor in (left, -left):
+        add(out, base, factor)
+        wanted = base.double() + factor.double() @ right.double()
+        assert torch.allclose(out.double(), wanted, rtol=1e-5, atol=1e-5 * k**0.5)
+    add(out, out, left)
+    assert torch.allclose(out.double(), base.double(), rtol=1e-5, atol=1e-5 * k**0.5)
 
 
 @pytest.mark.usefixtures("onednn")

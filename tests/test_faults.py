@@ -47,7 +47,8 @@ class Failing(Whole):
 
 def weights(model: nn.Module) -> dict[str, bytes]:
     return {
-        name: p.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # not by numpy: whoever shares its memory with that is asked of the system whether it may be written
+        name: bytes(p.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
         for name, p in model.named_parameters()
     }
 
@@ -147,7 +148,7 @@ def test_a_session_that_failed_goes_on_with_other_adapters(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr("lib_locon.patching.compute.add_product", no_room)
+        broken.setattr("lib_locon.patching.compute.product_adder", no_room)
         with pytest.raises(PatchError, match="out of memory"):
             session.apply([lib_locon.Use(adapter)])
     assert weights(model) == base
@@ -285,24 +286,23 @@ LOADED = "change after a checkpoint was loaded"
 
 
 @pytest.mark.usefixtures("hands")
-@pytest.mark.parametrize(
-    ("hands", "step"),
-    [*(("alone", step) for step in ("apply", "change", "remove", "restore", LOADED)), ("crew", "change")],
-    indirect=["hands"],
-)
+@pytest.mark.parametrize("step", ["apply", "change", "remove", "restore", LOADED])
 def test_an_interrupt_at_any_line_leaves_no_weight_half_way(
     zoo: Zoo, model: nn.Module, plan: Callable[..., Plan], step: str
 ) -> None:
     """No weight is in between, no two sets are mixed, and nothing old is left over to come back later."""
     old, new, fresh = plan(1, PATHS[:3]), plan(2, PATHS[1:]), zoo(torch.float16, seed=9).state_dict()
     loaded = step == LOADED
+    before = {} if step == "apply" else old
+    wanted = {} if step in ("remove", "restore") else new
+    start, other = zoo(torch.float16).state_dict(), zoo(torch.float16, seed=5).state_dict()
+    model.load_state_dict(start)
+    expected = states(model, before, wanted, fresh if loaded else None)
     engine = Engine(model)
     number = 0
     while True:
-        model.load_state_dict(zoo(torch.float16).state_dict())
-        before = {} if step == "apply" else old
-        wanted = {} if step in ("remove", "restore") else new
-        base, started, done = states(model, before, wanted, fresh if loaded else None)
+        model.load_state_dict(start)
+        base, started, done = expected
         engine.apply(before)
         if loaded:
             model.load_state_dict(fresh)
@@ -318,13 +318,13 @@ def test_an_interrupt_at_any_line_leaves_no_weight_half_way(
             assert all(now[name] in (base[name], started[name]) for name in now), where
         else:
             assert now in (base, started, done), where
-        model.load_state_dict(zoo(torch.float16, seed=5).state_dict())
+        model.load_state_dict(other)
         base = weights(model)
         engine.apply(new)
         engine.restore()
         assert weights(model) == base, f"after {where}: an old base came back"
         number += 1
-    assert number > 20
+    assert number > 90
 
 
 def states(

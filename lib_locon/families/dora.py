@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import add_scaled, matrix, product, working_dtype
+from lib_locon.arithmetic import add_scaled, matrix, multiplier, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder
 from lib_locon.families.layer import Layer
@@ -92,8 +92,9 @@ class DoRALayer(Layer):
         if factors is not None:
             up, down = (factor.to(working_dtype(base)) for factor in factors[:2])
             up = up * factors[2]
+            multiply = multiplier(down)
             # into the product, which is a new tensor and still in the cache
-            return lambda rows, start: product(up[start : start + len(rows)], down).add_(rows)
+            return lambda rows, start: multiply(up[start : start + len(rows)]).add_(rows)
         inner = super().adder(base)
 
         def merge(rows: Tensor, start: int) -> Tensor:

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from lib_locon.arithmetic import add_scaled_product, matrix, product
+from lib_locon.arithmetic import add_scaled_product, matrix, multiplier
 from lib_locon.families.base import Adder, Family, factor
 from lib_locon.families.tucker import fold_core
 
@@ -37,10 +37,11 @@ class LoHa(Family):
 
     def adder(self, base: Tensor) -> Adder:
         up1, down1, up2, down2 = self.products()
+        one, other = multiplier(down1), multiplier(down2)
 
         def add(total: Tensor, augend: Tensor, _: Tensor, start: int, strength: float) -> None:
             rows = slice(start, start + len(total))
-            add_scaled_product(total, augend, product(up1[rows], down1), product(up2[rows], down2), strength)
+            add_scaled_product(total, augend, one(up1[rows]), other(up2[rows]), strength)
 
         return add
 

@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import add_product, exact_arithmetic, matrix, working_dtype
+from lib_locon.arithmetic import exact_arithmetic, matrix, product_adder, working_dtype
 from lib_locon.models.targets import View
 from lib_locon.patching.memory import allocate
 from lib_locon.patching.plan import Adder, LowRank, Patch
@@ -46,7 +46,7 @@ class Workspace:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         # glibc gives each large block back to the system at once, until it has seen one of the size freed, and what
         # lies free at the end of a heap from twice that size on: without this, every product of a tile would be made in
-        # fresh pages, at three times its cost. Not a page of this one is touched
+        # fresh pages, at three times its cost. It holds for the whole process. Not a page of this one is touched
         torch.empty(8 * TILE, dtype=torch.float32, device="cpu")  # freed here
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -127,20 +127,22 @@ def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Wat
     target, source, work = matrix(out), matrix(base), working_dtype(base)
     rows, columns = target.shape
     ranges = list(_ranges(base, patches, space))
+    whole = ranges[0] if len(ranges) == 1 and ranges[0].covers(rows) else None  # as nearly always
     step = max(1, (TILE if out.device.type == "cpu" else rows * columns) // columns)
     scratch = None if out.dtype == work else space.take("tile", (min(step, rows), columns), work, out.device)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        tile = target[start:stop] if scratch is None else scratch[: stop - start]
-        if len(ranges) == 1 and ranges[0].covers(rows):  # as nearly always: no copy that only the product reads
-            ranges[0].write(tile, source[start:stop], start)
+    start = 0
+    for part, pristine in zip(torch.split(target, step), torch.split(source, step), strict=True):
+        tile = part if scratch is None else scratch[: len(part)]
+        if whole is not None:  # no copy that only the sum reads
+            whole.write(tile, pristine, start)
         else:
-            tile.copy_(source[start:stop])
-            for part in ranges:
-                part.add(tile, source, start, stop)
+            tile.copy_(pristine)
+            for some in ranges:
+                some.add(tile, pristine, start)
         watch.look(tile)  # while it is in the cache
         if scratch is not None:
-            target[start:stop].copy_(tile)
+            part.copy_(tile)
+        start += len(part)
 
 
 @dataclass
@@ -149,34 +151,28 @@ class _Range:
 
     start: int
     stop: int
-    factors: tuple[Tensor, Tensor] | None
     adders: list[tuple[Adder, float]]
 
     def covers(self, rows: int) -> bool:
         """Whether these are all rows of the weight."""
         return self.start == 0 and self.stop == rows
 
-    def add(self, tile: Tensor, source: Tensor, start: int, stop: int) -> None:
-        """Adds what lies in the tile, which are rows `start` to `stop`."""
-        low, high = max(start, self.start), min(stop, self.stop)
+    def add(self, tile: Tensor, base: Tensor, start: int) -> None:
+        """Adds what lies in the tile, whose rows begin with the weight's row `start`."""
+        low, high = max(start, self.start) - start, min(start + len(tile), self.stop) - start
         if low < high:
-            total, base = tile[low - start : high - start], source[low:high]
-            self._add(total, total, base, base, low - self.start)
+            total, pristine = tile[low:high], base[low:high]
+            self._add(total, total, pristine, pristine, start + low - self.start)
 
-    def write(self, tile: Tensor, base: Tensor, first: int) -> None:
-        """tile ← base + all changes, from row `first` of the range on."""
-        to_widen = base.dtype != tile.dtype and self.factors is None
-        pristine = tile.copy_(base) if to_widen else base
-        self._add(tile, pristine, pristine, base, first)
+    def write(self, tile: Tensor, base: Tensor, start: int) -> None:
+        """tile ← base + all changes, from row `start` on."""
+        pristine = base if base.dtype == tile.dtype else tile.copy_(base)
+        self._add(tile, pristine, pristine, base, start)
 
-    def _add(self, total: Tensor, augend: Tensor, pristine: Tensor, base: Tensor, first: int) -> None:
+    def _add(self, total: Tensor, augend: Tensor, pristine: Tensor, base: Tensor, start: int) -> None:
         # `pristine`: `base`, or the same in the working dtype where `total` will be: until that is written
-        if self.factors is not None:
-            up, down = self.factors
-            add_product(total, augend, up[first : first + len(total)], down)
-            augend, pristine = total, base
         for adder, strength in self.adders:
-            adder(total, augend, pristine, first, strength)
+            adder(total, augend, pristine, start, strength)
             augend, pristine = total, base
 
 
@@ -194,9 +190,16 @@ def _ranges(base: Tensor, patches: Sequence[Patch], space: Workspace) -> Iterato
                 adders.append((patch.delta.adder(part), patch.strength))
             else:
                 products.append((factors, patch.strength))
+        if products:
+            adders.insert(0, (_product_adder(*_side_by_side(products, base, space, number)), 1.0))
         first = view.start if view.length >= 0 else 0
-        side_by_side = _side_by_side(products, base, space, number) if products else None
-        yield _Range(first, first + part.shape[0], side_by_side, adders)
+        yield _Range(first, first + part.shape[0], adders)
+
+
+def _product_adder(up: Tensor, down: Tensor) -> Adder:
+    """Adds up · down; the strengths are in it."""
+    add = product_adder(down)
+    return lambda total, augend, base, start, strength: add(total, augend, up[start : start + len(total)])
 
 
 def _side_by_side(
