@@ -21,11 +21,13 @@ from torch import Tensor, nn
 import lib_locon
 from extensions_builtin_shim.tiny_sd import TinySD
 from lib_locon.errors import PatchError
+from lib_locon.families.layer import Layer
+from lib_locon.families.tlora import TLoRA
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.models.targets import View
 from lib_locon.patching import crew as crews
-from lib_locon.patching.crew import WORTHWHILE, Crew, crew_for
+from lib_locon.patching.crew import WORTHWHILE, Crew, Job, crew_for
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.memory import LARGE, Scratch
 from lib_locon.patching.plan import Patch, Plan, make_plan
@@ -88,101 +90,141 @@ def constant(model: nn.Module, value: float) -> Plan:
 # ---- the workers
 
 
+def items(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_each_item_is_done_once_and_the_threads_are_shared_out(threads: int) -> None:
     torch.set_num_threads(threads)
-    seen: dict[str, set[int]] = {}
-    done: list[int] = []
+    seen: dict[int, set[int]] = {}
+    done: list[str] = []
     both = threading.Barrier(2, timeout=30)
 
-    def begin() -> Callable[[int], object]:
+    def begin() -> Callable[[str], object]:
         both.wait()  # so that neither does it all
 
-        def do(item: int) -> None:
-            seen.setdefault(threading.current_thread().name, set()).add(torch.get_num_threads())
+        def do(item: str) -> None:
+            seen.setdefault(threading.get_ident(), set()).add(torch.get_num_threads())
             done.append(item)
             time.sleep(0.001)
 
         return do
 
-    crew = Crew(threads)
-    crew.run(range(40), begin)
-    assert sorted(done) == list(range(40))
+    Crew(threads).do(Job(items(40), begin))
+    assert sorted(done) == sorted(items(40))
     assert len(seen) == 2
-    assert sorted(counts.pop() for counts in seen.values()) == sorted([threads // 2, threads - threads // 2])
+    assert sorted(counts.pop() for counts in seen.values()) == [threads // 2, threads - threads // 2]
     assert torch.get_num_threads() == threads
 
 
 def test_threads_of_others_keep_their_number() -> None:
     """torch asks the process's number at a thread's first question, and takes what any thread says for that."""
-    torch.set_num_threads(4)
+    torch.set_num_threads(6)
     counts: list[int] = []
-    asked, made = threading.Event(), threading.Event()
+    ready, made = threading.Event(), threading.Event()
 
-    def before() -> None:
+    def asks_before() -> None:
         counts.append(torch.get_num_threads())
-        asked.set()
+        ready.set()
         made.wait(30)
         counts.append(torch.get_num_threads())
 
-    early = threading.Thread(target=before)
+    def makes() -> None:
+        """Only itself has four."""
+        torch.get_num_threads()
+        torch.set_num_threads(4)
+        limited.set()
+        told.wait(30)
+        Crew(4)
+        counts.append(torch.get_num_threads())
+
+    limited, told = threading.Event(), threading.Event()
+    early, maker = threading.Thread(target=asks_before), threading.Thread(target=makes)
     early.start()
-    assert asked.wait(30)
-    Crew(4).run([1], lambda: lambda _: None)
+    assert ready.wait(30)
+    maker.start()
+    assert limited.wait(30)
+    torch.set_num_threads(6)
+    told.set()
+    maker.join(30)
     made.set()
+    early.join(30)
     late = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
     late.start()
-    early.join(30)
     late.join(30)
-    assert counts == [4, 4, 4]
-    assert torch.get_num_threads() == 4
+    assert counts == [6, 4, 6, 6]
+    assert torch.get_num_threads() == 6
 
 
 def test_what_an_item_raises_is_raised_when_nobody_works_any_more() -> None:
     torch.set_num_threads(2)
     crew = Crew(2)
-    done: list[int] = []
+    done: list[str] = []
     both = threading.Barrier(2, timeout=30)
 
-    def do(item: int) -> None:
-        if item < 2:
+    def do(item: str) -> None:
+        if item in "01":
             both.wait()
-        if item == 0:
+        if item == "0":
             raise ValueError("item 0")
         time.sleep(0.05)
         done.append(item)
 
     with pytest.raises(ValueError, match="item 0"):
-        crew.run(range(100), lambda: do)
-    assert done == [1]
+        crew.do(Job(items(100), lambda: do))
+    assert done == ["1"]
     time.sleep(0.1)
-    assert done == [1]
-    crew.run([7], lambda: do)  # it goes on with other work
-    assert done == [1, 7]
+    assert done == ["1"]
+    crew.do(Job(["7"], lambda: do))  # it goes on with other work
+    assert done == ["1", "7"]
 
 
-@pytest.mark.usefixtures("interrupts")
-def test_an_interrupt_waits_for_what_is_being_done() -> None:
-    """Also a second one, that comes while the first one waits."""
+def test_a_job_that_is_stopped_has_ended() -> None:
+    """Whoever is in the middle of an item ends it; who comes later, as behind another job, does nothing."""
     torch.set_num_threads(2)
     crew = Crew(2)
-    begun: list[int] = []
-    done: list[int] = []
-    both = threading.Barrier(2, timeout=30)
+    begun: list[str] = []
+    done: list[str] = []
+    one_is_busy = threading.Event()
 
-    def do(item: int) -> None:
+    def slow(item: str) -> None:
         begun.append(item)
-        both.wait()
-        if item == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
-            os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.3)
+        one_is_busy.set()
+        time.sleep(0.2)
         done.append(item)
 
-    with pytest.raises(KeyboardInterrupt):
-        crew.run(range(100), lambda: do)
-    assert sorted(done) == sorted(begun) == [0, 1]
+    job = Job(items(100), lambda: slow)
+    caller = threading.Thread(target=crew.do, args=(job,))
+    caller.start()
+    assert one_is_busy.wait(30)
+    later = Job(items(100), lambda: slow)
+    waits = threading.Thread(target=crew.do, args=(later,))
+    waits.start()
+    later.stop()
+    job.stop()
+    assert sorted(done) == sorted(begun)
+    assert set(begun) <= {"0", "1"}
+    caller.join(30)
+    waits.join(30)
+    assert not caller.is_alive()
+    assert not waits.is_alive()
+    assert sorted(done) == sorted(begun)
+    untold = Job(items(3), lambda: slow)  # no worker was told of it
+    untold.stop()
+
+
+def test_workers_go_with_their_crew() -> None:
+    torch.set_num_threads(2)
+    before = set(threading.enumerate())
+    crew = Crew(2)
+    crew.do(Job(items(4), lambda: lambda _: None))
+    mine = set(threading.enumerate()) - before
+    assert len(mine) == 2
+    del crew
+    for thread in mine:
+        thread.join(30)
+        assert not thread.is_alive()
 
 
 def test_who_makes_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +234,9 @@ def test_who_makes_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     crew = crew_for(WORTHWHILE)
     assert crew is not None
     assert crew_for(10 * WORTHWHILE) is crew
+    found: list[Crew | None] = []
+    crew.do(Job(["0"], lambda: lambda _: found.append(crew_for(WORTHWHILE))))
+    assert found == [None]  # a worker that waited for itself would wait for ever
     torch.set_num_threads(3)
     assert crew_for(WORTHWHILE) not in (None, crew)
     monkeypatch.setattr(crews, "_counts_by_thread", lambda: False)
@@ -204,29 +249,56 @@ def test_without_more_threads_the_caller_works_alone(monkeypatch: pytest.MonkeyP
 
     torch.set_num_threads(2)
     crews._crew.cache_clear()
-    monkeypatch.setattr("lib_locon.patching.crew.ThreadPoolExecutor", refused)
+    monkeypatch.setattr(threading.Thread, "start", refused)
     assert crew_for(WORTHWHILE) is None
 
 
 FORK = """
 import os, sys, torch
-from torch import nn
-from lib_locon.patching.crew import WORTHWHILE, crew_for
+from lib_locon.patching.crew import WORTHWHILE, Job, crew_for
 torch.set_num_threads(2)
 done = []
-crew_for(WORTHWHILE).run(range(4), lambda: done.append)
+crew_for(WORTHWHILE).do(Job("0123", lambda: done.append))
 child = os.fork()
 if not child:
-    crew_for(WORTHWHILE).run(range(4, 8), lambda: done.append)
-    os._exit(0 if sorted(done) == list(range(8)) else 1)
+    crew_for(WORTHWHILE).do(Job("4567", lambda: done.append))
+    os._exit(0 if sorted(done) == list("01234567") else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+AFTER_MAIN = """
+import threading, time, torch
+from torch import nn
+from lib_locon.patching import crew
+from lib_locon.patching.engine import Engine
+from tests.test_crew import constant, layers
+crew.WORTHWHILE = 0
+torch.set_num_threads(2)
+engine, model = Engine(model := layers()), model
+def serve():
+    engine.apply(constant(model, 1.0))
+    threading.main_thread().join()
+    print(engine.apply(constant(model, 2.0)), flush=True)
+threading.Thread(target=serve).start()
+"""
+
+
+def run(program: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=Path(__file__).parents[1], timeout=120, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only here do processes fork with threads")
 def test_a_forked_process_has_workers_of_its_own() -> None:
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], timeout=120, check=False, capture_output=True)
-    assert ended.returncode == 0, ended.stderr.decode()
+    run(FORK)
+
+
+def test_a_server_goes_on_when_the_first_thread_has_ended() -> None:
+    """Python then counts the process as ending, and its executors take no more work."""
+    assert run(AFTER_MAIN) == f"{COUNT}\n"
 
 
 # ---- the engine with them
@@ -234,11 +306,11 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
 
 @pytest.mark.usefixtures("crew")
 def test_two_workers_write_at_a_time_each_with_one_thread(zoo: Zoo) -> None:
-    who: dict[str, set[int]] = {}
+    who: dict[int, set[int]] = {}
     both = threading.Barrier(2, timeout=30)
 
     def note() -> None:
-        name = threading.current_thread().name
+        name = threading.get_ident()
         if name not in who:
             both.wait()
         who.setdefault(name, set()).add(torch.get_num_threads())
@@ -246,7 +318,7 @@ def test_two_workers_write_at_a_time_each_with_one_thread(zoo: Zoo) -> None:
     model = zoo()
     Engine(model).apply(plan_of(model, lambda _: Told(1.0, note)))
     assert list(who.values()) == [{1}, {1}]
-    assert threading.current_thread().name not in who
+    assert threading.get_ident() not in who
 
 
 @pytest.mark.parametrize(
@@ -333,6 +405,140 @@ def test_an_interrupt_of_the_caller_leaves_no_weight_changed() -> None:
     time.sleep(0.1)
     assert bits(model) == base
     assert not engine.active
+
+
+@pytest.mark.usefixtures("crew")
+@pytest.mark.parametrize("second", ["stop", "_settle", "restore"])
+def test_a_second_interrupt_straight_after_the_first_loses_no_base(
+    second: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may end even the way back: then the next change, or the next way back, sets all right."""
+    model = layers()
+    base = bits(model)
+    engine = Engine(model)
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr(crews, "WORTHWHILE", 0)
+        raise KeyboardInterrupt
+
+    def first(job: Job) -> None:
+        time.sleep(0.05)
+        monkeypatch.setattr(Job if second == "stop" else Engine, second, interrupted)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Job, "wait", first)
+    with pytest.raises(KeyboardInterrupt):
+        engine.apply(plan_of(model, lambda _: Told(1.0, lambda: time.sleep(0.2))))
+    engine.restore()
+    assert bits(model) == base
+    time.sleep(0.3)
+    assert bits(model) == base
+    assert not engine.active
+    engine.apply(constant(model, 3.0))
+    engine.restore()
+    assert bits(model) == base
+
+
+@pytest.mark.usefixtures("crew")
+@pytest.mark.parametrize("ask", [Engine.unchanged, Engine.restore, lambda engine: engine.apply({})])
+def test_what_asks_the_engine_from_within_a_change_is_refused(ask: Callable[[Engine], object]) -> None:
+    """It would wait for the change that waits for it."""
+    model = layers()
+    base = bits(model)
+    engine = Engine(model)
+    with pytest.raises(PatchError, match="in the middle of another one"):
+        engine.apply(plan_of(model, lambda _: Told(1.0, lambda: ask(engine))))
+    assert bits(model) == base
+    other = layers(torch.bfloat16)
+    engine.apply(plan_of(model, lambda _: Told(1.0, lambda: Engine(other).apply(constant(other, 1.0)))))
+    engine.restore()
+    assert bits(model) == base
+
+
+@pytest.mark.usefixtures("crew")
+def test_a_set_on_other_weights_takes_no_second_copy_of_the_base() -> None:
+    """The copies of the weights that get their base back are given back before others are made."""
+    model = layers(torch.float32, 32)
+    paths = [path for path, _ in model.named_parameters()]
+    engine = Engine(model)
+    engine.store.free_unused = True
+    one, other = (
+        {path: patches for path, patches in constant(model, 1.0).items() if path in chosen}
+        for chosen in (paths[::2], paths[1::2])
+    )
+    engine.apply(one)
+    most: list[int] = []
+    save = engine.store.save
+
+    def watched(path: str, weight: Tensor) -> Tensor:
+        copy = save(path, weight)
+        most.append(engine.base_bytes)
+        return copy
+
+    engine.store.save = watched  # type: ignore[method-assign]
+    engine.apply(other)
+    sizes = {path: weight.nbytes for path, weight in model.named_parameters()}
+    assert max(most) <= max(sum(sizes[path] for path in half) for half in (one, other)) + max(sizes.values())
+
+
+@pytest.mark.usefixtures("crew")
+def test_two_parameters_over_the_same_numbers_are_written_one_after_the_other() -> None:
+    model = layers()
+    model[1].weight = nn.Parameter(
+        model[0].weight.detach().view(-1)[: model[1].weight.numel()].view_as(model[1].weight)
+    )
+    who: dict[str, str] = {}
+    plan = plan_of(model, lambda path: Told(1.0, lambda: who.setdefault(path, threading.current_thread().name)))
+    Engine(model).apply(plan)
+    here = threading.current_thread().name
+    assert {path for path, name in who.items() if name == here} == {"0.weight", "1.weight"}
+
+
+@pytest.mark.parametrize("convert", ["clone", "to"])
+def test_a_change_made_with_more_threads_is_known_again(convert: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A singular value's last bits depend on the number of threads; the base must not be lost for that."""
+    monkeypatch.setattr(crews, "WORTHWHILE", 0)
+    torch.set_num_threads(2)
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(320, 320, bias=False) for _ in range(4))).requires_grad_(False)
+    base = bits(model)
+    shapes = {"q_layer.weight": (8, 320), "p_layer.weight": (320, 8), "lambda_layer": (1, 8)}
+    engine = Engine(model)
+
+    def layer() -> Layer:
+        factors = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+        return Layer(TLoRA.build(factors), None, 1.0)
+
+    engine.apply(make_plan(Patch("t", View(path), 1.0, layer()) for path, _ in model.named_parameters()))
+    if convert == "clone":
+        for module in model:
+            # as if another processor had made it: the last bits of some numbers
+            noise = torch.randn(module.weight.shape, generator=generator) * 1e-7
+            module.weight = nn.Parameter(module.weight + noise, requires_grad=False)
+    else:
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            model.to(torch.float64).to(torch.float32)
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert engine.apply({}) == 4
+    assert bits(model) == base
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.1])
+def test_what_is_only_near_a_change_is_a_new_base(share: float) -> None:
+    """Another checkpoint put in the weights' place, be it the base itself or half of the way to it."""
+    model = layers()
+    base = {name: weight.clone() for name, weight in model.named_parameters()}
+    engine = Engine(model)
+    engine.apply(constant(model, 0.01))
+    for name, weight in base.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.weight = nn.Parameter(weight + share * 0.01, requires_grad=False)
+    loaded = bits(model)
+    assert engine.apply({}) == 0
+    assert bits(model) == loaded
 
 
 @pytest.mark.usefixtures("crew")

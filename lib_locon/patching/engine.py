@@ -9,47 +9,18 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
 from lib_locon.patching.compute import Workspace, overflows, patched, write_sum
-from lib_locon.patching.crew import can_share, crew_for
+from lib_locon.patching.crew import Job, can_share, crew_for, working_at
+from lib_locon.patching.held import Held, is_ours, keys
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import Memory, cannot_hold, decode, encode
 from lib_locon.patching.store import BaseLost, BaseStore, same_bits
-
-SAMPLE = 16  # numbers by which a weight is recognised where torch does not count the writes into it
-
-
-@dataclass(frozen=True)
-class _Held:
-    """What was last written into a weight (None: it is being written now), and how to know the weight again."""
-
-    patches: tuple[Patch, ...] | None
-    weight: int
-    version: object
-    dtype: torch.dtype
-    rounding: Rounding
-
-    @classmethod
-    def by(cls, weight: Tensor, patches: tuple[Patch, ...] | None, rounding: Rounding) -> _Held:
-        return cls(patches, id(weight), _version(weight), weight.dtype, rounding)
-
-    @property
-    def keys(self) -> tuple[object, ...] | None:
-        return None if self.patches is None else _keys(self.patches, self.rounding)
-
-    def untouched(self, weight: Tensor) -> bool:
-        """Whether nobody wrote into the weight since, nor put another in its place.
-
-        torch counts the writes into a tensor; moves between devices and dtypes are no writes. The weight is known by
-        its id: a reference, weak ones too, would keep torch from swapping tensors in `.to()`.
-        """
-        return self.patches is None or (self.weight == id(weight) and self.version == _version(weight))
 
 
 class _Failed(Exception):
@@ -63,17 +34,6 @@ class _Failed(Exception):
 def _not_patched(what: str, cause: BaseException | None) -> PatchError:
     why = str(cause) or type(cause).__name__
     return PatchError(f"{what} could not be patched ({why}); every weight is the base again")
-
-
-def _keys(patches: Sequence[Patch], rounding: Rounding) -> tuple[object, ...]:
-    return (rounding, *(patch.key for patch in patches))
-
-
-def _version(weight: Tensor) -> object:
-    if not weight.is_inference():
-        return weight._version
-    flat = weight.detach().flatten()  # tensors made in inference mode are not counted: look at some of the numbers
-    return tuple(flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].tolist())
 
 
 class Engine:
@@ -94,9 +54,11 @@ class Engine:
                 # one parameter under several names has one base: it goes by the first
                 self._tied[path] = first.setdefault(id(weight), path)
         self.store = BaseStore()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._lock = threading.RLock()
         self._memory = Memory()
+        self._job: Job | None = None
+        """What workers may be doing here; none of them writes any more once it was stopped."""
         self.generation = 0
         """Another one after each change: whoever remembers what the model holds sees by it that this is past."""
 
@@ -112,7 +74,7 @@ class Engine:
 
     def unchanged(self) -> bool:
         """Whether every weight still holds what was last written into it, and nothing was left half done."""
-        with self._lock:
+        with self._own():
             return all(held.patches is not None and held.untouched(self._weight(p)) for p, held in self._held.items())
 
     def apply(self, plan: Plan, rounding: Rounding = "exact") -> int:
@@ -122,11 +84,12 @@ class Engine:
         hold what they should are not touched. All or nothing: on any error every weight gets its base back before the
         error goes on (as PatchError; an interrupt as itself).
         """
-        with self._lock:
+        with self._own():
+            self._settle()
             self._memory = Memory()
             self._accept_outside_writes()
             plan = self._untied(plan)
-            wanted = {path: _keys(patches, rounding) for path, patches in plan.items()}
+            wanted = {path: keys(patches, rounding) for path, patches in plan.items()}
             held = {path: entry.keys for path, entry in self._held.items()}
             changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
             if not changed:
@@ -152,10 +115,11 @@ class Engine:
         """
         interrupt: KeyboardInterrupt | None = None
         failed: dict[str, Exception] = {}
-        with self._lock:
+        with self._own():
             self._memory = Memory()
-            while set(self._held) - set(failed):
+            while self._job is not None or set(self._held) - set(failed):
                 try:
+                    self._settle()
                     self._accept_outside_writes()
                     for path in [path for path in self._held if path not in failed]:
                         self._restore_one(path, failed)
@@ -168,6 +132,17 @@ class Engine:
             path, cause = next(iter(failed.items()))
             raise PatchError(f"{len(failed)} weights, {path} first, could not be given their base back ({cause}); "
                              "load the checkpoint again") from cause  # fmt: skip
+
+    def _own(self) -> AbstractContextManager[object]:
+        """The engine to oneself. Raises PatchError in a worker: the change that it is a part of has the engine."""
+        if self._job is not None and working_at() is self._job:
+            raise PatchError("an adapter's own code asked for a change of the model in the middle of another one")
+        return self._lock
+
+    def _settle(self) -> None:
+        if self._job is not None:
+            self._job.stop()
+            self._job = None
 
     def _restore_one(self, path: str, failed: dict[str, Exception]) -> None:
         self.generation += 1
@@ -201,8 +176,8 @@ class Engine:
                 continue
             ours = torch.empty_like(base, dtype=entry.dtype)
             self._write_sum(path, ours, base, entry.patches, entry.rounding)
-            if ours.shape == weight.shape and torch.equal(ours.to(weight.dtype), weight.detach()):
-                self._held[path] = _Held.by(weight, entry.patches, entry.rounding)
+            if ours.shape == weight.shape and is_ours(weight, ours, base):
+                self._held[path] = Held.by(weight, entry.patches, entry.rounding)
             else:
                 self._forget(path)
 
@@ -222,12 +197,17 @@ class Engine:
 
             return write
 
-        sizes = {path: self._to_share(path) for path in paths if plan.get(path)} if can_share() else {}
-        crew = crew_for(sum(sizes.values()))
+        alone = begin()
+        for path in paths:
+            if not plan.get(path):  # first: their copies are given back before others are made
+                alone(path)
+        shared = self._to_share([path for path in paths if plan.get(path)]) if can_share() else {}
+        crew = crew_for(sum(shared.values()))
         if crew is not None:
             # the largest first, so that both end at nearly the same time
-            crew.run(sorted(filter(sizes.get, sizes), key=sizes.__getitem__, reverse=True), begin)
-        alone = begin()
+            self._job = Job(sorted(shared, key=shared.__getitem__, reverse=True), begin)
+            crew.do(self._job)
+            self._job = None
         for path in paths:
             if path not in extremes:
                 alone(path)
@@ -235,14 +215,22 @@ class Engine:
         if path:
             raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")
 
-    def _to_share(self, path: str) -> int:
-        """How many numbers a worker would write there; 0: better the caller, for it runs others' code, or a GPU."""
-        try:
-            weight, (module, name) = self._weight(path), self._owner(path)
-        except (KeyError, PatchError):  # to be said where it is written
-            return 0
-        holds = weight.device.type == "cpu" and cannot_hold(module, name, self._memory) is None
-        return weight.numel() if holds else 0
+    def _to_share(self, paths: Sequence[str]) -> dict[str, int]:
+        """Those that workers may write, and how many numbers each has. Not those that run others' code, or on a GPU."""
+        sizes: dict[str, int] = {}
+        places: dict[int, str] = {}
+        for path in paths:
+            try:
+                weight, (module, name) = self._weight(path), self._owner(path)
+                holds = weight.device.type == "cpu" and cannot_hold(module, name, self._memory) is None
+                first = places.setdefault(weight.data_ptr(), path) if holds else ""
+            except Exception:  # noqa: BLE001  to be said where it is written
+                continue
+            if first == path:
+                sizes[path] = weight.numel()
+            else:  # two parameters over the same numbers: one after the other
+                sizes.pop(first, None)
+        return sizes
 
     def _write(
         self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
@@ -252,14 +240,14 @@ class Engine:
         with _writing(weight):
             base = self.store.save(path, weight)
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
-            self._held[path] = _Held.by(weight, None, rounding)
+            self._held[path] = Held.by(weight, None, rounding)
             if patches:
                 on_device = base.to(weight.device)
                 extremes = self._write_sum(path, weight.detach(), on_device, patches, rounding, space)
             else:
                 weight.copy_(base)
         if patches:
-            self._held[path] = _Held.by(weight, tuple(patches), rounding)
+            self._held[path] = Held.by(weight, tuple(patches), rounding)
         else:
             self._forget(path, self.store.release)
         return extremes

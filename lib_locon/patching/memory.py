@@ -57,7 +57,7 @@ class Scratch:
         buffer = _large_enough(idle, nbytes)
         if buffer is None:
             buffer = _mapping(nbytes)
-            self._made.add(buffer)
+            self._made.append(weakref.ref(buffer, self._made.remove))
         # torch holds on to the memoryview for as long as the storage lives: its death says that the buffer is free
         lease = memoryview(buffer)
         weakref.finalize(lease, idle.append, buffer).atexit = False
@@ -66,12 +66,13 @@ class Scratch:
     def free(self) -> None:
         """Gives the buffers back to the system, at the latest when nothing stands on them any more."""
         self._idle: list[mmap.mmap] = []
-        self._made: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+        self._made: list[weakref.ref[mmap.mmap]] = []
 
     @property
     def nbytes(self) -> int:
         """Bytes held, lent or not."""
-        return sum(map(len, self._made))
+        made = (reference() for reference in list(self._made))
+        return sum(len(buffer) for buffer in made if buffer is not None)
 
 
 def _large_enough(idle: list[mmap.mmap], nbytes: int) -> mmap.mmap | None:

@@ -185,13 +185,13 @@ class BaseStore:
         return sum(copy.nbytes for copy in copies) + self._scratch.nbytes
 
     def report(self) -> StoreReport:
-        """How the weights are kept now."""
-        kept = [("ram" if copy.device.type == "cpu" else "device", copy.nbytes) for copy in self._copies.values()]
-        kept += [("checkpoint", read.nbytes) for read in self._reads.values()]
+        """How the weights are kept now. May be asked for while others are being saved."""
+        kept = [("ram" if copy.device.type == "cpu" else "device", copy.nbytes) for copy in list(self._copies.values())]
+        kept += [("checkpoint", read.nbytes) for read in list(self._reads.values())]
         nbytes: Counter[str] = Counter()
         for way, size in kept:
             nbytes[way] += size
-        sources = {id(read.source): read.source for read in self._reads.values()}
+        sources = {id(read.source): read.source for read in list(self._reads.values())}
         changed = not all(source.unchanged() for source in sources.values())
         return StoreReport(
             self.policy,
@@ -199,7 +199,7 @@ class BaseStore:
             nbytes,
             Counter(self._reasons.values()),
             changed,
-            sum(copy.nbytes for copy in self._unused.values()),
+            sum(copy.nbytes for copy in list(self._unused.values())),
         )
 
     def _first(self, path: str, weight: Tensor) -> Tensor:

@@ -1,0 +1,74 @@
+"""What was last written into a weight, and how to know it again: others load, move, convert and write weights too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib_locon.arithmetic import working_dtype
+from lib_locon.patching.plan import Patch
+from lib_locon.patching.rounding import Rounding
+from lib_locon.patching.store import same_bits
+
+SAMPLE = 16
+"""Numbers by which a weight is recognised where torch does not count the writes into it."""
+NEAR = 2.0**-5
+"""How far a weight may be from what we wrote, as a share of the change. Roundings of another order are far below."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was last written into a weight (None: it is being written now), and how to know the weight again."""
+
+    patches: tuple[Patch, ...] | None
+    weight: int
+    version: object
+    dtype: torch.dtype
+    rounding: Rounding
+
+    @classmethod
+    def by(cls, weight: Tensor, patches: tuple[Patch, ...] | None, rounding: Rounding) -> Held:
+        """As the weight is now."""
+        return cls(patches, id(weight), _version(weight), weight.dtype, rounding)
+
+    @property
+    def keys(self) -> tuple[object, ...] | None:
+        """Equal keys: the same numbers."""
+        return None if self.patches is None else keys(self.patches, self.rounding)
+
+    def untouched(self, weight: Tensor) -> bool:
+        """Whether nobody wrote into the weight since, nor put another in its place.
+
+        torch counts the writes into a tensor; moves between devices and dtypes are no writes. The weight is known by
+        its id: a reference, weak ones too, would keep torch from swapping tensors in `.to()`.
+        """
+        return self.patches is None or (self.weight == id(weight) and self.version == _version(weight))
+
+
+def keys(patches: Sequence[Patch], rounding: Rounding) -> tuple[object, ...]:
+    """Equal keys: the same numbers."""
+    return (rounding, *(patch.key for patch in patches))
+
+
+def is_ours(weight: Tensor, ours: Tensor, base: Tensor) -> bool:
+    """Whether a weight holds what we wrote, which `ours` makes once more. All of one shape and on one device.
+
+    Not to the last bit: a singular value, or a product, depends on the number of threads and on the device that made
+    it. But the weight must be nearer to ours, by far, than our change is large: no other checkpoint is, nor the base.
+    """
+    made, weight = ours.to(weight.dtype), weight.detach()
+    if same_bits(made, weight):
+        return True
+    wide = working_dtype(base)
+    change, rest = made.to(wide) - base.to(wide), made.to(wide) - weight.to(wide)
+    return bool(rest.norm() <= NEAR * change.norm())  # not where there is a NaN
+
+
+def _version(weight: Tensor) -> object:
+    if not weight.is_inference():
+        return weight._version
+    flat = weight.detach().flatten()  # tensors made in inference mode are not counted: look at some of the numbers
+    return tuple(flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].tolist())
