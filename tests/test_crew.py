@@ -273,12 +273,27 @@ from lib_locon.patching.engine import Engine
 from tests.test_crew import constant, layers
 crew.WORTHWHILE = 0
 torch.set_num_threads(2)
-engine, model = Engine(model := layers()), model
+model = layers()
+engine = Engine(model)
 def serve():
     engine.apply(constant(model, 1.0))
     threading.main_thread().join()
     print(engine.apply(constant(model, 2.0)), flush=True)
 threading.Thread(target=serve).start()
+"""
+
+AT_EXIT = """
+import atexit
+atexit.register(lambda: print(engine.apply(constant(model, 2.0)), flush=True))  # what is told first is done last
+import torch
+from lib_locon.patching import crew
+from lib_locon.patching.engine import Engine
+from tests.test_crew import constant, layers
+crew.WORTHWHILE = 0
+torch.set_num_threads(2)
+model = layers()
+engine = Engine(model)
+engine.apply(constant(model, 1.0))
 """
 
 
@@ -299,6 +314,10 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
 def test_a_server_goes_on_when_the_first_thread_has_ended() -> None:
     """Python then counts the process as ending, and its executors take no more work."""
     assert run(AFTER_MAIN) == f"{COUNT}\n"
+
+
+def test_a_model_may_be_changed_at_exit() -> None:
+    assert run(AT_EXIT) == f"{COUNT}\n"
 
 
 # ---- the engine with them

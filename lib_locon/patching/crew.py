@@ -90,7 +90,7 @@ class Crew:
         """Raises RuntimeError where the system gives no more threads."""
         queues: list[_Queue] = [SimpleQueue() for _ in range(HANDS)]
         self._queues = queues
-        weakref.finalize(self, _dismiss, queues)
+        weakref.finalize(self, _dismiss, queues).atexit = False  # others may still change a model at their exit
         told: SimpleQueue[int] = SimpleQueue()
         # one after the other. What a worker says of its own threads, torch also takes as said for every thread that has
         # not asked yet; the first worker found what the process had before
