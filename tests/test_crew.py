@@ -545,6 +545,17 @@ def test_a_change_made_with_more_threads_is_known_again(convert: str, monkeypatc
     assert bits(model) == base
 
 
+def test_the_least_change_of_a_weight_by_others_stays() -> None:
+    model = layers()
+    engine = Engine(model)
+    engine.apply(constant(model, 1.0))
+    for weight in model.parameters():
+        weight.view(-1)[0] += 1e-6
+    changed = bits(model)
+    assert engine.apply({}) == 0
+    assert bits(model) == changed
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.1])
 def test_what_is_only_near_a_change_is_a_new_base(share: float) -> None:
     """Another checkpoint put in the weights' place, be it the base itself or half of the way to it."""

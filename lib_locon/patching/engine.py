@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lib_locon.errors import PatchError
 from lib_locon.patching.compute import Workspace, overflows, patched, write_sum
 from lib_locon.patching.crew import Job, can_share, crew_for, working_at
-from lib_locon.patching.held import Held, is_ours, keys
+from lib_locon.patching.held import Held, keys
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import Memory, cannot_hold, decode, encode
@@ -176,7 +176,7 @@ class Engine:
                 continue
             ours = torch.empty_like(base, dtype=entry.dtype)
             self._write_sum(path, ours, base, entry.patches, entry.rounding)
-            if ours.shape == weight.shape and is_ours(weight, ours, base):
+            if entry.is_still_in(weight, ours, base):
                 self._held[path] = Held.by(weight, entry.patches, entry.rounding)
             else:
                 self._forget(path)

@@ -47,24 +47,24 @@ class Held:
         """
         return self.patches is None or (self.weight == id(weight) and self.version == _version(weight))
 
+    def is_still_in(self, weight: Tensor, ours: Tensor, base: Tensor) -> bool:
+        """Whether the weight, or another in its place, holds what was written, which `ours` makes once more.
+
+        To the last bit where somebody wrote into the same tensor, for the least change may be meant. In another one
+        not so: a singular value, or a product, depends on the number of threads and on the device that made it. But it
+        must be nearer to ours, by far, than our change is large: no other checkpoint is, nor the base.
+        """
+        made = ours.to(weight.dtype)
+        if made.shape != weight.shape or same_bits(made, weight) or self.weight == id(weight):
+            return same_bits(made, weight)
+        wide = working_dtype(base)
+        change, rest = (made.to(wide) - other.detach().to(wide) for other in (base, weight))
+        return bool(rest.norm() <= NEAR * change.norm())  # not where there is a NaN
+
 
 def keys(patches: Sequence[Patch], rounding: Rounding) -> tuple[object, ...]:
     """Equal keys: the same numbers."""
     return (rounding, *(patch.key for patch in patches))
-
-
-def is_ours(weight: Tensor, ours: Tensor, base: Tensor) -> bool:
-    """Whether a weight holds what we wrote, which `ours` makes once more. All of one shape and on one device.
-
-    Not to the last bit: a singular value, or a product, depends on the number of threads and on the device that made
-    it. But the weight must be nearer to ours, by far, than our change is large: no other checkpoint is, nor the base.
-    """
-    made, weight = ours.to(weight.dtype), weight.detach()
-    if same_bits(made, weight):
-        return True
-    wide = working_dtype(base)
-    change, rest = made.to(wide) - base.to(wide), made.to(wide) - weight.to(wide)
-    return bool(rest.norm() <= NEAR * change.norm())  # not where there is a NaN
 
 
 def _version(weight: Tensor) -> object:
