@@ -25,13 +25,11 @@ def working_dtype(base: Tensor) -> torch.dtype:
     return torch.float64 if base.dtype == torch.float64 else torch.float32
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """left · right, (m, k) and (k, n) of one dtype, a new tensor; fp32 rounds no factor."""
-    return multiplier(right)(left)
-
-
 def multiplier(right: Tensor) -> Callable[[Tensor], Tensor]:
-    """left ↦ left · right, as `product`: for several `left`, so that what `right` needs is done once."""
+    """left ↦ left · right, (m, k) and (k, n) of one dtype, a new tensor; fp32 rounds no factor.
+
+    For several `left`: what `right` needs is done once.
+    """
     operator = _onednn() if _is_plain(right) else None
     if operator is None:
         return lambda left: left @ right

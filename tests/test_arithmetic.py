@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lib_locon
 from lib_locon import Session, Strengths, Use, arithmetic
-from lib_locon.arithmetic import exact_arithmetic, product, product_adder
+from lib_locon.arithmetic import exact_arithmetic, multiplier, product_adder
 from lib_locon.families.build import Hints, build_layers
 from lib_locon.families.dora import DoRALayer
 from lib_locon.families.lora import LoRA
@@ -44,7 +44,7 @@ def test_a_product_is_that_of_float64(size: tuple[int, int, int], transposed: bo
     if transposed:
         left, right = left.T.contiguous().T, right.T.contiguous().T
     exact = left.double() @ right.double()
-    assert torch.allclose(product(left, right).double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
+    assert torch.allclose(multiplier(right)(left).double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
     base, out, add = rand(m, n, seed=2), torch.empty(m, n), product_adder(right)
     for factor in (left, -left):
         add(out, base, factor)
@@ -61,7 +61,7 @@ def test_the_host_cannot_lower_the_precision_of_a_product() -> None:
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16), exact_arithmetic("cpu"):
-            found = product(left, right)
+            found = multiplier(right)(left)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -182,7 +182,7 @@ class Engine:
                 self._forget(path)
 
     def _write_all(self, paths: Sequence[str], plan: Plan, rounding: Rounding) -> None:
-        """Writes these weights, those that two workers may first. Raises _Failed."""
+        """Writes these weights: those that get their base back, then those that two workers may. Raises _Failed."""
         extremes: dict[str, Tensor | None] = {}
         self.generation += 1
 
