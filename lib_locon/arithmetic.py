@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 _AUTOCAST = ("cpu", "cuda", "xpu")
 """Where torch 2.1 knows autocast; it refuses to be told of other devices, also to leave them alone."""
+_COMPILING = threading.Lock()
+"""What is said of warnings holds for all threads: one of ours at a time."""
 
 
 def matrix(tensor: Tensor) -> Tensor:
@@ -56,6 +59,36 @@ def product_adder(right: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
             torch.add(base, multiply(left), out=out)
 
     return add
+
+
+def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: int) -> bool:
+    """out ← base + left · right, by so many `rows` at a time: summed in fp32, and rounded to the dtype of `out` once.
+
+    Factors in fp32, (m, k) and (k, n); `out` and `base` (m, n), contiguous and apart. All is one call of torch, which
+    needs nothing of Python in between: so threads that do this do not wait for each other. False, and nothing is
+    written, where there is none for these tensors. Raises RuntimeError as torch's operations do (no memory).
+    """
+    add = _by_rows() if _is_plain(right) and _onednn() is not None and out.device == right.device else None
+    if add is None:
+        return False
+    try:
+        add(out, base, left.contiguous(), right.contiguous().t(), rows)
+    except RuntimeError as error:  # TorchScript tells its own steps first
+        raise RuntimeError(str(error).rpartition("\nRuntimeError: ")[2].strip()) from error
+    return True
+
+
+def _add_by_rows(out: Tensor, base: Tensor, left: Tensor, transposed: Tensor, rows: int) -> None:
+    # compiled as TorchScript: there is no other way yet to keep a loop out of Python
+    none: list[int | float | complex | None] = []
+    parts = zip(torch.split(out, rows), torch.split(base, rows), torch.split(left, rows), strict=True)
+    for part, pristine, some in parts:
+        change = torch.ops.mkldnn._linear_pointwise(some, transposed, None, "none", none, "")
+        if part.dtype == change.dtype:
+            torch.add(pristine, change, out=part)
+        else:
+            change.add_(pristine)
+            part.copy_(change)
 
 
 def _is_plain(factor: Tensor) -> bool:
@@ -116,6 +149,18 @@ def _onednn() -> Callable[..., Tensor] | None:
         return None
 
 
+@cache
+def _by_rows() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], None] | None:
+    """`_add_by_rows` without Python; None where torch cannot compile it (any more: TorchScript is deprecated)."""
+    try:
+        with _COMPILING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled: Callable[[Tensor, Tensor, Tensor, Tensor, int], None] = torch.jit.script(_add_by_rows)
+    except Exception:  # noqa: BLE001  whatever it is: the same sum is made without
+        return None
+    return compiled
+
+
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Operations keep the dtypes of their arguments."""
     asked = getattr(torch.amp, "is_autocast_available", None)  # torch 2.4
@@ -124,9 +169,11 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def exact_arithmetic(device: str) -> Iterator[None]:
-    """Full fp32 products: TF32 keeps 10 bits of a factor, autocast computes in half."""
-    with _FULL_PRECISION, without_autocast(device):
+def exact_arithmetic(*devices: str) -> Iterator[None]:
+    """Full fp32 products on these: TF32 keeps 10 bits of a factor, autocast computes in half."""
+    with _FULL_PRECISION, ExitStack() as left_alone:
+        for device in devices:
+            left_alone.enter_context(without_autocast(device))
         yield
 
 

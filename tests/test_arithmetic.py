@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import lib_locon
 from lib_locon import Session, Strengths, Use, arithmetic
-from lib_locon.arithmetic import exact_arithmetic, multiplier, product_adder
+from lib_locon.arithmetic import add_product, exact_arithmetic, multiplier, product_adder
 from lib_locon.families.build import Hints, build_layers
 from lib_locon.families.dora import DoRALayer
 from lib_locon.families.lora import LoRA
@@ -52,6 +53,54 @@ def test_a_product_is_that_of_float64(size: tuple[int, int, int], transposed: bo
         assert torch.allclose(out.double(), wanted, rtol=1e-5, atol=1e-5 * k**0.5)
     add(out, out, left)
     assert torch.allclose(out.double(), base.double(), rtol=1e-5, atol=1e-5 * k**0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 32, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("onednn")
+def test_a_product_added_by_rows(dtype: torch.dtype, rows: int) -> None:
+    left, right = rand(77, 96), rand(96, 1283, seed=1)
+    base, out = rand(77, 1283, seed=2).to(dtype), torch.full((77, 1283), torch.nan, dtype=dtype)
+    if arithmetic._onednn() is None:
+        assert not add_product(out, base, left, right, rows)
+        assert bool(out.isnan().all())
+        return
+    for factor, other in ((left, right), (left.T.contiguous().T, right.T.contiguous().T)):
+        assert add_product(out.fill_(torch.nan), base, factor, other, rows)
+        total = base.float() + torch.cat([multiplier(other)(part) for part in factor.split(rows)])
+        assert torch.equal(out, total.to(dtype))  # in fp32, and rounded once
+
+
+def test_what_fails_in_a_compiled_loop_is_told_in_one_line() -> None:
+    if arithmetic._onednn() is None:
+        pytest.skip("this build of torch has no oneDNN")
+    with pytest.raises(RuntimeError) as told:
+        add_product(torch.zeros(4, 8), torch.zeros(4, 3), rand(4, 2), rand(2, 8), 2)
+    assert re.fullmatch(r"The size of tensor a .*", str(told.value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_same_bits_where_torch_compiles_no_loop(
+    dtype: torch.dtype, patch: MakePatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = rand(3 * TILE // 640, 640).to(dtype)
+    factors = {"up": 0.1 * rand(len(base), 4, seed=1), "down": 0.1 * rand(4, 640, seed=2)}
+    patches = [patch("w", **factors, source=name, strength=strength) for name, strength in (("a", 0.7), ("b", -2))]
+    found, _ = patched(base, patches)
+    refused: list[object] = []
+
+    def refuse(function: object) -> None:
+        refused.append(function)
+        raise RuntimeError("there is no TorchScript any more")
+
+    monkeypatch.setattr(torch.jit, "script", refuse)
+    arithmetic._by_rows.cache_clear()
+    try:
+        assert torch.equal(patched(base, patches)[0], found)
+    finally:
+        arithmetic._by_rows.cache_clear()
+    assert bool(refused) == (arithmetic._onednn() is not None)
+    assert not torch.equal(found, base)
 
 
 @pytest.mark.usefixtures("onednn")

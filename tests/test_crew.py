@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def test_each_item_is_done_once_and_the_threads_are_shared_out(threads: int) -> 
     done: list[str] = []
     both = threading.Barrier(2, timeout=30)
 
-    def begin() -> Callable[[str], object]:
+    @contextmanager
+    def begin() -> Iterator[Callable[[str], object]]:
         both.wait()  # so that neither does it all
 
         def do(item: str) -> None:
@@ -118,7 +120,7 @@ def test_each_item_is_done_once_and_the_threads_are_shared_out(threads: int) -> 
             done.append(item)
             time.sleep(0.001)
 
-        return do
+        yield do
 
     Crew(threads).do(Job(items(40), begin))
     assert sorted(done) == sorted(items(40))
@@ -181,11 +183,11 @@ def test_what_an_item_raises_is_raised_when_nobody_works_any_more() -> None:
         done.append(item)
 
     with pytest.raises(ValueError, match="item 0"):
-        crew.do(Job(items(100), lambda: do))
+        crew.do(Job(items(100), lambda: nullcontext(do)))
     assert done == ["1"]
     time.sleep(0.1)
     assert done == ["1"]
-    crew.do(Job(["7"], lambda: do))  # it goes on with other work
+    crew.do(Job(["7"], lambda: nullcontext(do)))  # it goes on with other work
     assert done == ["1", "7"]
 
 
@@ -203,11 +205,11 @@ def test_a_job_that_is_stopped_has_ended() -> None:
         time.sleep(0.2)
         done.append(item)
 
-    job = Job(items(100), lambda: slow)
+    job = Job(items(100), lambda: nullcontext(slow))
     caller = threading.Thread(target=crew.do, args=(job,))
     caller.start()
     assert one_is_busy.wait(30)
-    later = Job(items(100), lambda: slow)
+    later = Job(items(100), lambda: nullcontext(slow))
     waits = threading.Thread(target=crew.do, args=(later,))
     waits.start()
     later.stop()
@@ -219,7 +221,7 @@ def test_a_job_that_is_stopped_has_ended() -> None:
     assert not caller.is_alive()
     assert not waits.is_alive()
     assert sorted(done) == sorted(begun)
-    untold = Job(items(3), lambda: slow)  # no worker was told of it
+    untold = Job(items(3), lambda: nullcontext(slow))  # no worker was told of it
     untold.stop()
 
 
@@ -227,7 +229,7 @@ def test_workers_go_with_their_crew() -> None:
     torch.set_num_threads(2)
     before = set(threading.enumerate())
     crew = Crew(2)
-    crew.do(Job(items(4), lambda: lambda _: None))
+    crew.do(Job(items(4), lambda: nullcontext(lambda _: None)))
     mine = set(threading.enumerate()) - before
     assert len(mine) == 2
     del crew
@@ -244,7 +246,7 @@ def test_who_makes_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert crew is not None
     assert crew_for(10 * WORTHWHILE) is crew
     found: list[Crew | None] = []
-    crew.do(Job(["0"], lambda: lambda _: found.append(crew_for(WORTHWHILE))))
+    crew.do(Job(["0"], lambda: nullcontext(lambda _: found.append(crew_for(WORTHWHILE)))))
     assert found == [None]  # a worker that waited for itself would wait for ever
     torch.set_num_threads(3)
     assert crew_for(WORTHWHILE) not in (None, crew)
@@ -264,13 +266,14 @@ def test_without_more_threads_the_caller_works_alone(monkeypatch: pytest.MonkeyP
 
 FORK = """
 import os, sys, torch
+from contextlib import nullcontext
 from lib_locon.patching.crew import WORTHWHILE, Job, crew_for
 torch.set_num_threads(2)
 done = []
-crew_for(WORTHWHILE).do(Job("0123", lambda: done.append))
+crew_for(WORTHWHILE).do(Job("0123", lambda: nullcontext(done.append)))
 child = os.fork()
 if not child:
-    crew_for(WORTHWHILE).do(Job("4567", lambda: done.append))
+    crew_for(WORTHWHILE).do(Job("4567", lambda: nullcontext(done.append)))
     os._exit(0 if sorted(done) == list("01234567") else 1)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

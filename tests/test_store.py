@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.patching.engine import Engine
-from lib_locon.patching.memory import LARGE, Scratch, allocate
+from lib_locon.patching.memory import LARGE, SMALL, Scratch, allocate
 from lib_locon.patching.plan import Plan, make_plan
 from lib_locon.patching.store import POLICIES, BaseLost, BaseStore, Policy, same_bits
 from tests.test_faults import FaultAt, operations
@@ -576,10 +577,17 @@ def test_the_buffer_is_lent_again_only_when_nothing_stands_on_it() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_memory_of_its_own(dtype: torch.dtype) -> None:
-    for shape in ((3, 1 << 20), (), (0,), (7,)):
+    for shape in ((3, 1 << 20), (), (0,), (7,), (3, 1 << 15)):
         tensor = allocate(shape, dtype)
         assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True)
         tensor.copy_(torch.ones(shape))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="only Linux has large pages to ask for")
+@pytest.mark.parametrize("size", [SMALL, LARGE - 1, LARGE, LARGE + 1])
+def test_what_stays_is_not_among_what_comes_and_goes(size: int) -> None:
+    tensors = [allocate((size,), torch.uint8) for _ in range(4)]
+    assert {tensor.data_ptr() % mmap.PAGESIZE for tensor in tensors} == {0}  # malloc's have its own note before them
 
 
 def test_bits_are_compared_not_numbers() -> None:

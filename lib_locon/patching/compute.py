@@ -7,13 +7,14 @@ weight written once, and no ΔW of the weight's size is made. The low-rank patch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import exact_arithmetic, matrix, product_adder, working_dtype
+from lib_locon.arithmetic import add_product, exact_arithmetic, matrix, product_adder, working_dtype
 from lib_locon.models.targets import View
 from lib_locon.patching.memory import allocate
 from lib_locon.patching.plan import Adder, LowRank, Patch
@@ -33,7 +34,16 @@ _USUAL = 2.0**16
 def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
     """A new tensor with the sum, in `dtype` (that of `base` if None), and its extremes; `base` is not changed."""
     out = torch.empty(base.shape, dtype=dtype or base.dtype, device=base.device)
-    return out, write_sum(out, base, patches)
+    with exact_sums(out.device.type):
+        return out, write_sum(out, base, patches)
+
+
+@contextmanager
+def exact_sums(*devices: str) -> Iterator[None]:
+    """What sums on these devices are made within. Once for many of them: for a small weight it takes longer than the
+    sum does."""
+    with torch.no_grad(), exact_arithmetic(*devices):
+        yield
 
 
 class Workspace:
@@ -54,31 +64,33 @@ class Workspace:
         size, key = prod(shape), (name, dtype, device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            on_cpu = device.type == "cpu"
-            made = allocate((size,), dtype) if on_cpu else torch.empty(size, dtype=dtype, device=device)
+            if device.type == "cpu":
+                # tiles differ a little from weight to weight: the first one's buffer is to do for all
+                made = allocate((max(size, TILE) if 2 * size > TILE else size,), dtype)
+            else:
+                made = torch.empty(size, dtype=dtype, device=device)
             buffer = self._buffers[key] = made
         return buffer[:size].view(shape)
 
 
 def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor | None:
-    """out ← base + Σ strength · ΔW. Both of one shape and on one device; `base` shares no memory with `out`.
+    """out ← base + Σ strength · ΔW, within `exact_sums`. Both of one shape and on one device, with no memory in common.
 
     Every ΔW is taken from the pristine base, so that no adapter sees another's work. The order of `patches` is the
     order of the sum (`make_plan` fixes it). Returns the extremes of the sum before its rounding, for `overflows`: on
     the device, so that looking at those of a whole model waits for a GPU only once. None where the factors are too
     small for any overflow.
     """
-    with torch.no_grad(), exact_arithmetic(out.device.type):
-        watch, space = _Watch(out, base, patches), space or Workspace()
-        if not out.ndim or not all(_is_rows(patch.view) for patch in patches):
-            _write_views(out, base, patches, watch)
-        elif out.is_contiguous():
-            _write_rows(out, base.contiguous(), patches, watch, space)
-        else:  # channels_last: by the same steps, so to the same bits
-            straight = space.take("whole", tuple(out.shape), out.dtype, out.device)
-            _write_rows(straight, base.contiguous(), patches, watch, space)
-            out.copy_(straight)
-        return watch.extremes()
+    watch, space = _Watch(out, base, patches), space or Workspace()
+    if not out.ndim or not all(_is_rows(patch.view) for patch in patches):
+        _write_views(out, base, patches, watch)
+    elif out.is_contiguous():
+        _write_rows(out, base.contiguous(), patches, watch, space)
+    else:  # channels_last: by the same steps, so to the same bits
+        straight = space.take("whole", tuple(out.shape), out.dtype, out.device)
+        _write_rows(straight, base.contiguous(), patches, watch, space)
+        out.copy_(straight)
+    return watch.extremes()
 
 
 def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:
@@ -92,12 +104,12 @@ class _Watch:
     def __init__(self, out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
         most = sum(abs(patch.strength) * patch.delta.bound() for patch in patches)
         usual = most < _HARMLESS.get(out.dtype, 0.0) and all(abs(patch.strength) <= _USUAL for patch in patches)
-        self._needed = base.dtype != out.dtype or not usual
+        self.needed = base.dtype != out.dtype or not usual
         self._seen: list[Tensor] = []
 
     def look(self, tile: Tensor) -> None:
         """At a part of the sum, in the working dtype."""
-        if self._needed:
+        if self.needed:
             self._seen += torch.aminmax(tile)  # NaN where there is one
 
     def extremes(self) -> Tensor | None:
@@ -129,6 +141,10 @@ def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Wat
     ranges = list(_ranges(base, patches, space))
     whole = ranges[0] if len(ranges) == 1 and ranges[0].covers(rows) else None  # as nearly always
     step = max(1, (TILE if out.device.type == "cpu" else rows * columns) // columns)
+    if whole is not None and whole.product is not None and not watch.needed:
+        up, down = whole.product
+        if add_product(target, source, up, down, step):
+            return
     scratch = None if out.dtype == work else space.take("tile", (min(step, rows), columns), work, out.device)
     start = 0
     for part, pristine in zip(torch.split(target, step), torch.split(source, step), strict=True):
@@ -152,6 +168,8 @@ class _Range:
     start: int
     stop: int
     adders: list[tuple[Adder, float]]
+    product: tuple[Tensor, Tensor] | None
+    """Up and down, where their product is all that is added; the strengths are in it."""
 
     def covers(self, rows: int) -> bool:
         """Whether these are all rows of the weight."""
@@ -190,10 +208,12 @@ def _ranges(base: Tensor, patches: Sequence[Patch], space: Workspace) -> Iterato
                 adders.append((patch.delta.adder(part), patch.strength))
             else:
                 products.append((factors, patch.strength))
-        if products:
-            adders.insert(0, (_product_adder(*_side_by_side(products, base, space, number)), 1.0))
+        product = _side_by_side(products, base, space, number) if products else None
+        only = None if adders else product
+        if product is not None:
+            adders.insert(0, (_product_adder(*product), 1.0))
         first = view.start if view.length >= 0 else 0
-        yield _Range(first, first + part.shape[0], adders)
+        yield _Range(first, first + part.shape[0], adders, only)
 
 
 def _product_adder(up: Tensor, down: Tensor) -> Adder:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from queue import SimpleQueue
 from typing import TypeAlias
@@ -28,8 +29,10 @@ _HERE = threading.local()
 class Job:
     """Items that workers take, each the next one. Over when all are done, one has failed, or it is stopped."""
 
-    def __init__(self, items: Iterable[str], begin: Callable[[], Callable[[str], object]]) -> None:
-        """`begin` is called by each worker, and gives what it does with an item."""
+    def __init__(
+        self, items: Iterable[str], begin: Callable[[], AbstractContextManager[Callable[[str], object]]]
+    ) -> None:
+        """`begin` is entered by each worker, which works within it, and gives what it does with an item."""
         self._todo = deque(items)
         self._begin = begin
         self._inside = [threading.Lock() for _ in range(HANDS)]
@@ -51,13 +54,13 @@ class Job:
             self._over[hand].set()
 
     def _work(self) -> None:
-        do = self._begin()
-        while self._todo:
-            try:
-                item = self._todo.popleft()
-            except IndexError:  # the other worker had it
-                return
-            do(item)
+        with self._begin() as do:
+            while self._todo:
+                try:
+                    item = self._todo.popleft()
+                except IndexError:  # the other worker had it
+                    return
+                do(item)
 
     def wait(self) -> None:
         """Until it is over. Raises what the first item that failed has raised."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
-from lib_locon.patching.compute import Workspace, overflows, patched, write_sum
+from lib_locon.patching.compute import Workspace, exact_sums, overflows, patched, write_sum
 from lib_locon.patching.crew import Job, can_share, crew_for, working_at
 from lib_locon.patching.held import Held, keys
 from lib_locon.patching.plan import Patch, Plan
@@ -175,7 +175,8 @@ class Engine:
                     self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
                 continue
             ours = torch.empty_like(base, dtype=entry.dtype)
-            self._write_sum(path, ours, base, entry.patches, entry.rounding)
+            with exact_sums(base.device.type):
+                self._write_sum(path, ours, base, entry.patches, entry.rounding)
             if entry.is_still_in(weight, ours, base):
                 self._held[path] = Held.by(weight, entry.patches, entry.rounding)
             else:
@@ -184,9 +185,11 @@ class Engine:
     def _write_all(self, paths: Sequence[str], plan: Plan, rounding: Rounding) -> None:
         """Writes these weights: those that get their base back, then those that two workers may. Raises _Failed."""
         extremes: dict[str, Tensor | None] = {}
+        devices = self._devices(paths)
         self.generation += 1
 
-        def begin() -> Callable[[str], None]:
+        @contextmanager
+        def begin() -> Iterator[Callable[[str], None]]:
             space = Workspace()
 
             def write(path: str) -> None:
@@ -195,25 +198,34 @@ class Engine:
                 except Exception as error:
                     raise _Failed(path) from error
 
-            return write
+            with exact_sums(*devices):
+                yield write
 
-        alone = begin()
-        for path in paths:
-            if not plan.get(path):  # first: their copies are given back before others are made
-                alone(path)
-        shared = self._to_share([path for path in paths if plan.get(path)]) if can_share() else {}
-        crew = crew_for(sum(shared.values()))
-        if crew is not None:
-            # the largest first, so that both end at nearly the same time
-            self._job = Job(sorted(shared, key=shared.__getitem__, reverse=True), begin)
-            crew.do(self._job)
-            self._job = None
-        for path in paths:
-            if path not in extremes:
-                alone(path)
+        with begin() as alone:
+            for path in paths:
+                if not plan.get(path):  # first: their copies are given back before others are made
+                    alone(path)
+            shared = self._to_share([path for path in paths if plan.get(path)]) if can_share() else {}
+            crew = crew_for(sum(shared.values()))
+            if crew is not None:
+                # the largest first, so that both end at nearly the same time
+                self._job = Job(sorted(shared, key=shared.__getitem__, reverse=True), begin)
+                crew.do(self._job)
+                self._job = None
+            for path in paths:
+                if path not in extremes:
+                    alone(path)
         path = self._overflowing(extremes)
         if path:
             raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")
+
+    def _devices(self, paths: Sequence[str]) -> set[str]:
+        """The kinds of device that these weights are on."""
+        found: set[str] = set()
+        for path in paths:
+            with suppress(Exception):  # to be said where it is written
+                found.add(self._weight(path).device.type)
+        return found
 
     def _to_share(self, paths: Sequence[str]) -> dict[str, int]:
         """Those that workers may write, and how many numbers each has. Not those that run others' code, or on a GPU."""

@@ -10,13 +10,19 @@ from math import prod
 import torch
 from torch import Tensor
 
-LARGE = 2 << 20  # bytes: one large page of x86 and most of ARM; below it a mapping of its own would only waste pages
+LARGE = 2 << 20  # bytes: one large page of x86 and most of ARM
+SMALL = 64 << 10  # bytes: below it a mapping of its own would waste much of its last page
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor on the CPU, numbers undefined. Raises MemoryError or torch's error where there is no room."""
+    """A contiguous tensor on the CPU, numbers undefined. Raises MemoryError or torch's error where there is no room.
+
+    For what stays: among what comes and goes it would fill malloc's heaps, of which glibc gives each thread some of
+    64 MiB. When all are full but the last, that one is given back whenever it is empty, and every tile of a sum is
+    made in fresh pages.
+    """
     nbytes = prod(shape) * dtype.itemsize
-    if nbytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if nbytes < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(_mapping(nbytes), dtype=dtype).view(shape)
 
@@ -32,8 +38,9 @@ def _mapping(nbytes: int) -> mmap.mmap:
         mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes} bytes of a pristine weight") from error
-    with suppress(OSError):  # a kernel built without them: small pages do too
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+    if nbytes >= LARGE:
+        with suppress(OSError):  # a kernel built without them: small pages do too
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
 
 

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import exact_arithmetic, working_dtype
+from lib_locon.arithmetic import working_dtype
 from lib_locon.errors import one_of
 from lib_locon.patching.compute import Workspace, write_sum
 from lib_locon.patching.plan import Patch
@@ -29,17 +29,16 @@ def rounding_named(name: str) -> Rounding:
 def write_one_by_one(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor:
     """out ← base, then one patch after the other in their order. As `write_sum`; `base` has the dtype of `out`."""
     space = space or Workspace()
-    with torch.no_grad(), exact_arithmetic(out.device.type):
-        out.copy_(base)
-        for patch in patches:
-            part = patch.view.of(out)
-            whole = patch.delta.unscaled(part)
-            if whole is None:
-                write_sum(out, out.clone(), [patch], space)
-            else:
-                _add(part, *whole, patch.strength, space)
-        # widened first: torch 2.1 knows no extremes of fp16 on the CPU
-        return torch.stack(torch.aminmax(out.to(working_dtype(out))))
+    out.copy_(base)
+    for patch in patches:
+        part = patch.view.of(out)
+        whole = patch.delta.unscaled(part)
+        if whole is None:
+            write_sum(out, out.clone(), [patch], space)
+        else:
+            _add(part, *whole, patch.strength, space)
+    # widened first: torch 2.1 knows no extremes of fp16 on the CPU
+    return torch.stack(torch.aminmax(out.to(working_dtype(out))))
 
 
 def _add(part: Tensor, change: Tensor, scale: float, strength: float, space: Workspace) -> None:
