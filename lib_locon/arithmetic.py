@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, List, Optional, Union  # noqa: UP035  in TorchScript
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 _AUTOCAST = ("cpu", "cuda", "xpu")
 """Where torch 2.1 knows autocast; it refuses to be told of other devices, also to leave them alone."""
 _COMPILING = threading.Lock()
-"""What is said of warnings holds for all threads: one of ours at a time."""
+"""Filters of warnings are those of the process: one thread of ours changes them at a time."""
 
 
 def matrix(tensor: Tensor) -> Tensor:
@@ -64,11 +64,15 @@ def product_adder(right: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
 def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: int) -> bool:
     """out ← base + left · right, by so many `rows` at a time: summed in fp32, and rounded to the dtype of `out` once.
 
-    Factors in fp32, (m, k) and (k, n); `out` and `base` (m, n), contiguous and apart. All is one call of torch, which
-    needs nothing of Python in between: so threads that do this do not wait for each other. False, and nothing is
-    written, where there is none for these tensors. Raises RuntimeError as torch's operations do (no memory).
+    Factors in fp32, (m, k) and (k, n); `out` and `base` (m, n), contiguous and apart; within `torch.no_grad()`. All is
+    one call of torch, which needs nothing of Python in between: so threads that do this do not wait for each other.
+    False, and nothing is written, where torch has no such call, or these do not fit. Raises RuntimeError as torch's
+    operations do (no memory).
     """
-    add = _by_rows() if _is_plain(right) and _onednn() is not None and out.device == right.device else None
+    fits = out.shape == base.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
+    if not fits or not _is_plain(right) or out.device != right.device or _onednn() is None or _is_watched():
+        return False
+    add = _by_rows()
     if add is None:
         return False
     try:
@@ -79,8 +83,9 @@ def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: in
 
 
 def _add_by_rows(out: Tensor, base: Tensor, left: Tensor, transposed: Tensor, rows: int) -> None:
-    # compiled as TorchScript: there is no other way yet to keep a loop out of Python
-    none: list[int | float | complex | None] = []
+    # compiled as TorchScript: there is no other way yet to keep a loop out of Python. Its `zip` stops at the shortest,
+    # whatever is said here; and torch 2.1 knows types by their old names only
+    none: List[Optional[Union[int, float, complex]]] = []  # noqa: UP006, UP007, UP045
     parts = zip(torch.split(out, rows), torch.split(base, rows), torch.split(left, rows), strict=True)
     for part, pristine, some in parts:
         change = torch.ops.mkldnn._linear_pointwise(some, transposed, None, "none", none, "")
@@ -89,6 +94,12 @@ def _add_by_rows(out: Tensor, base: Tensor, left: Tensor, transposed: Tensor, ro
         else:
             change.add_(pristine)
             part.copy_(change)
+
+
+def _is_watched() -> bool:
+    """Whether Python code sees each operation (a profiler's, as torch's FlopCounterMode): what it raises, an interrupt
+    too, would come out of TorchScript as another error."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
 
 
 def _is_plain(factor: Tensor) -> bool:
@@ -154,7 +165,8 @@ def _by_rows() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], None] | None:
     """`_add_by_rows` without Python; None where torch cannot compile it (any more: TorchScript is deprecated)."""
     try:
         with _COMPILING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            # this one only: another thread that notes the filters now puts them back later
+            warnings.filterwarnings("ignore", message=".*torch.jit.script")
             compiled: Callable[[Tensor, Tensor, Tensor, Tensor, int], None] = torch.jit.script(_add_by_rows)
     except Exception:  # noqa: BLE001  whatever it is: the same sum is made without
         return None

@@ -456,6 +456,34 @@ def test_a_second_interrupt_straight_after_the_first_loses_no_base(
     check_base(model, engine, base)
 
 
+@pytest.mark.usefixtures("hands")
+@pytest.mark.parametrize("moved", [False, True], ids=["written", "known again"])
+def test_a_sum_is_made_apart_from_what_the_host_has_chosen(moved: bool) -> None:
+    """Also where a weight that was moved is known again by its numbers."""
+    model = layers()
+    engine = Engine(model)
+    seen: set[tuple[bool, bool, str]] = set()
+
+    def look() -> None:
+        autocast = torch.get_autocast_dtype("cpu") if hasattr(torch, "get_autocast_dtype") else None
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+        seen.add((torch.is_grad_enabled(), product.dtype == autocast, torch.get_float32_matmul_precision()))
+
+    plan = plan_of(model, lambda _: Told(1.0, look))
+    if moved:
+        engine.apply(plan)
+        seen.clear()
+        for module in model:
+            module.weight = nn.Parameter(module.weight.detach().clone())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            assert engine.apply(plan) == (0 if moved else COUNT)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {(False, False, "highest")}
+
+
 @pytest.mark.usefixtures("crew")
 @pytest.mark.parametrize("ask", [Engine.unchanged, Engine.restore, lambda engine: engine.apply({})])
 def test_what_asks_the_engine_from_within_a_change_is_refused(ask: Callable[[Engine], object]) -> None:

@@ -41,7 +41,7 @@ def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = 
 @contextmanager
 def exact_sums(*devices: str) -> Iterator[None]:
     """What sums on these devices are made within. Once for many of them: for a small weight it takes longer than the
-    sum does."""
+    sum does. Until it ends, products of the process's other threads are in full precision too."""
     with torch.no_grad(), exact_arithmetic(*devices):
         yield
 
@@ -65,7 +65,7 @@ class Workspace:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
             if device.type == "cpu":
-                # tiles differ a little from weight to weight: the first one's buffer is to do for all
+                # tiles differ a little from weight to weight: one buffer is to do for nearly all
                 made = allocate((max(size, TILE) if 2 * size > TILE else size,), dtype)
             else:
                 made = torch.empty(size, dtype=dtype, device=device)

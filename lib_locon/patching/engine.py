@@ -273,7 +273,10 @@ class Engine:
         rounding: Rounding,
         space: Workspace | None = None,
     ) -> Tensor | None:
-        """The sum into `out`, and its extremes; a weight of 8 bits is read and rounded as its module says."""
+        """The sum into `out`, and its extremes. A weight of 8 bits is read and rounded as its module says.
+
+        To be called within `exact_sums`, as `_write` is with patches.
+        """
         module, name = self._owner(path)
         if cannot_hold(module, name, self._memory) is None:
             write = write_sum if rounding == "exact" else write_one_by_one

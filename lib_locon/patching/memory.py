@@ -1,4 +1,4 @@
-"""Memory for pristine weights: taken in large pages where the system has them, given back when the tensor dies."""
+"""Memory for pristine weights: in large pages where they fill one, given back when the tensor dies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ def _mapping(nbytes: int) -> mmap.mmap:
     11 GB/s measured). malloc would also keep what is freed for itself; a mapping goes back to the system at once.
     """
     try:
-        # in large pages
         mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes} bytes of a pristine weight") from error

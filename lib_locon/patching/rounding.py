@@ -27,7 +27,8 @@ def rounding_named(name: str) -> Rounding:
 
 
 def write_one_by_one(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor:
-    """out ← base, then one patch after the other in their order. As `write_sum`; `base` has the dtype of `out`."""
+    """out ← base, then one patch after the other in their order. As `write_sum`, within `exact_sums` too; `base` has
+    the dtype of `out`."""
     space = space or Workspace()
     out.copy_(base)
     for patch in patches:
