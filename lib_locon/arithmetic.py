@@ -66,8 +66,8 @@ def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: in
 
     Factors in fp32, (m, k) and (k, n); `out` and `base` (m, n), contiguous and apart; within `torch.no_grad()`. All is
     one call of torch, which needs nothing of Python in between: so threads that do this do not wait for each other.
-    False, and nothing is written, where torch has no such call, or these do not fit. Raises RuntimeError as torch's
-    operations do (no memory).
+    False, and nothing is written, where torch has no such call, where Python code sees each operation, or where these
+    do not fit. Raises RuntimeError as torch's operations do (no memory).
     """
     fits = out.shape == base.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
     if not fits or not _is_plain(right) or out.device != right.device or _onednn() is None or _is_watched():

@@ -22,6 +22,7 @@ from lib_locon.patching.compute import TILE, Workspace, patched
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import make_plan
 from tests.conftest import TORCH, MakePatch, WriteAdapter, Zoo
+from tests.test_faults import FaultAt, operations
 
 CPU = torch.device("cpu")
 
@@ -92,6 +93,19 @@ def test_factors_that_do_not_fit_write_nothing(
     target = torch.full(out, 7.0)
     assert not add_product(target, torch.zeros(out), rand(*left), rand(*right), 2)
     assert bool((target == 7).all())
+
+
+def test_an_interrupt_at_any_operation_is_one() -> None:
+    out, base, left, right = torch.zeros(4, 8), torch.zeros(4, 8), rand(4, 2), rand(2, 8)
+
+    def run() -> None:
+        with torch.no_grad():
+            if not add_product(out, base, left, right, 2):
+                product_adder(right)(out, base, left)
+
+    for number in range(operations(run)):
+        with FaultAt((number,), KeyboardInterrupt, after=False), pytest.raises(KeyboardInterrupt):
+            run()
 
 
 def test_factors_of_too_few_rows_are_no_success(patch: MakePatch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +195,8 @@ def test_a_buffer_is_taken_again_and_never_for_another_name() -> None:
     assert space.take("up", (5, 20), torch.float32, CPU).data_ptr() == first.data_ptr()
     assert space.take("down", (10, 10), torch.float32, CPU).data_ptr() != first.data_ptr()
     assert space.take("up", (20, 20), torch.float32, CPU).shape == (20, 20)
+    tile = space.take("tile", (TILE - 5,), torch.float32, CPU)
+    assert space.take("tile", (TILE,), torch.float32, CPU).data_ptr() == tile.data_ptr()
     assert space.take("up", (3, 3), torch.float64, CPU).dtype == torch.float64
 
 
