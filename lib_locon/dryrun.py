@@ -14,6 +14,7 @@ from lib_locon.files.adapter import Adapter, read_adapter
 from lib_locon.library import Entry
 from lib_locon.matching import Match, match
 from lib_locon.models.table import TargetTable
+from lib_locon.patching.parameters import uncompiled
 from lib_locon.patching.plan import make_plan
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import logical_shapes
@@ -45,6 +46,7 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, session: Session | None = None) -> None:
+        model = uncompiled(model)
         self._model = model
         self._table = session.table if session else TargetTable.of_shapes(logical_shapes(model))
         self._side = session.side if session else SidePath(model, combine)

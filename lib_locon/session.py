@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from lib_locon.models.blocks import place_of
 from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.engine import Engine
+from lib_locon.patching.parameters import uncompiled
 from lib_locon.patching.plan import Patch, make_plan
 from lib_locon.patching.rounding import Rounding, rounding_named
 from lib_locon.patching.sidepath import SidePath
-from lib_locon.patching.storage import logical_shapes
+from lib_locon.patching.storage import Findings, logical_shapes
 from lib_locon.prompt.request import Strengths
 from lib_locon.report import AdapterReport, Report
 
@@ -127,9 +128,12 @@ class Session:
                 patches = [use.patch(item) for use, found in pairs for item in found.matched]
                 plan = make_plan(patches, as_given=rounding == "builtin")
                 reports = tuple(use.report(found) for use, found in pairs)
-                merged, beside = self.side.split(plan, side=self.side_path)
+                findings = Findings()
+                merged, beside = self.side.split(plan, side=self.side_path, findings=findings)
+                for rival in list(state.rivals):
+                    state.engine.refuse_changed_by(rival.engine, merged)
                 state.layers += [item.layer for found in matches for item in found.matched]
-                written = self.side.set(beside) + self.engine.apply(merged, rounding)
+                written = self.side.set(beside) + self.engine.apply(merged, rounding, findings)
             except BaseException:
                 self.restore()  # half of a set is no set, and neither is the one before
                 raise
@@ -190,6 +194,16 @@ class _State:
     """Those that may have factors on the model's device."""
     matches: weakref.WeakKeyDictionary[Adapter, Match] = field(default_factory=weakref.WeakKeyDictionary)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    rivals: weakref.WeakSet[_State] = field(default_factory=weakref.WeakSet)
+    """Of other models that have modules of this one: a pipeline, and the UNet in it. They have one lock."""
+
+    def meet(self, others: Iterable[_State]) -> None:
+        """With all that were there before. To be called before it is used."""
+        for other in others:
+            if self.engine.shares(other.engine):
+                self.lock = other.lock
+                self.rivals.add(other)
+                other.rivals.add(self)
 
     def let_go(self, but: Collection[int] = ()) -> None:
         """Frees the factors on other devices of all layers but these (by id)."""
@@ -208,6 +222,7 @@ _MAKING = threading.Lock()
 
 
 def _state_of(model: nn.Module) -> _State:
+    model = uncompiled(model)
     shapes = logical_shapes(model)
     with _MAKING:
         state = _STATES.get(model)
@@ -215,6 +230,8 @@ def _state_of(model: nn.Module) -> _State:
             dict(state.table.shapes) != dict(shapes) and not (state.engine.active or state.side.active)
         ):
             table = TargetTable.of_shapes(shapes)
-            state = _STATES[model] = _State(table, Engine(model), SidePath(model, combine))
+            state = _State(table, Engine(model), SidePath(model, combine))
+            state.meet(_STATES.values())
+            _STATES[model] = state
             weakref.finalize(model, state.let_go)  # its adapters may live on
         return state

@@ -526,19 +526,6 @@ def test_a_set_on_other_weights_takes_no_second_copy_of_the_base() -> None:
     assert max(most) <= max(sum(sizes[path] for path in half) for half in (one, other)) + max(sizes.values())
 
 
-@pytest.mark.usefixtures("crew")
-def test_two_parameters_over_the_same_numbers_are_written_one_after_the_other() -> None:
-    model = layers()
-    model[1].weight = nn.Parameter(
-        model[0].weight.detach().view(-1)[: model[1].weight.numel()].view_as(model[1].weight)
-    )
-    who: dict[str, str] = {}
-    plan = plan_of(model, lambda path: Told(1.0, lambda: who.setdefault(path, threading.current_thread().name)))
-    Engine(model).apply(plan)
-    here = threading.current_thread().name
-    assert {path for path, name in who.items() if name == here} == {"0.weight", "1.weight"}
-
-
 @pytest.mark.parametrize("convert", ["clone", "to"])
 def test_a_change_made_with_more_threads_is_known_again(convert: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A singular value's last bits depend on the number of threads; the base must not be lost for that."""

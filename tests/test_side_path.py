@@ -598,9 +598,9 @@ def test_where_memory_begins_and_ends_to_be_protected() -> None:
         start = ctypes.addressof(ctypes.c_char.from_buffer(spans))
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(size), 1) == 0  # the middle: only read
-        memory = storage.Memory()
+        findings = storage.Findings()
         places = [start, start + size - 1, start + size, start + 2 * size - 1, start + 2 * size, start + 3 * size - 1]
-        assert [memory.protects(place) for place in places] == [False, False, True, True, False, False]
+        assert [findings.protects(place) for place in places] == [False, False, True, True, False, False]
 
 
 @torch.no_grad()

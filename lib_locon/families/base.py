@@ -97,9 +97,12 @@ class Family:
         return {suffix: tensor for suffix, tensor in found.items() if tensor is not None}
 
     def to(self: F, device: torch.device, dtype: torch.dtype | None = None) -> F:
-        """The same factors elsewhere, in their own dtype if None; a tensor that is there already is not copied."""
+        """The same factors elsewhere, in their own dtype if None; a tensor that is there already is not copied.
+
+        Single numbers stay: torch takes them from the CPU, and to look at one would wait for a GPU.
+        """
         suffixes = self.suffixes()
-        moved = {suffixes[suffix]: tensor.to(device, dtype) for suffix, tensor in self.tensors().items()}
+        moved = {suffixes[suffix]: tensor.to(device, dtype) for suffix, tensor in self.tensors().items() if tensor.ndim}
         return dataclasses.replace(self, **moved)
 
     def sizes(self) -> dict[str, int]:

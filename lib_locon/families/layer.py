@@ -150,7 +150,7 @@ class Layer:
 
     def _on(self, device: torch.device) -> Family:
         """The factors there, in their own dtype. Moved once: a strength that changes moves nothing."""
-        if all(tensor.device == device for tensor in self.family.tensors().values()):
+        if all(tensor.device == device for tensor in self.family.tensors().values() if tensor.ndim):
             return self.family
         return self._moved_once(self.family, device)
 

@@ -6,7 +6,7 @@ weight written once, and no ΔW of the weight's size is made. The low-rank patch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -96,6 +96,19 @@ def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Worksp
 def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:
     """Whether a sum with these extremes has numbers that `dtype` cannot hold, or NaN. Waits for the device."""
     return not bool((extremes.abs() <= torch.finfo(dtype).max).all())
+
+
+def overflowing(noted: Mapping[str, tuple[Tensor, torch.dtype]]) -> list[str]:
+    """Those of many sums, by name with their extremes and dtypes, that overflow. Waits once for each dtype and device,
+    where all is well: a model may be on several."""
+    alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, (extremes, dtype) in noted.items():
+        alike.setdefault((dtype, extremes.device), []).append(name)
+    bad: list[str] = []
+    for (dtype, _), names in alike.items():
+        if overflows(torch.cat([noted[name][0] for name in names]), dtype):
+            bad += [name for name in names if overflows(noted[name][0], dtype)]
+    return bad
 
 
 class _Watch:

@@ -8,18 +8,21 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
-from lib_locon.patching.compute import Workspace, exact_sums, overflows, patched, write_sum
-from lib_locon.patching.crew import Job, can_share, crew_for, working_at
+from lib_locon.patching.compute import Workspace, exact_sums, overflowing, overflows, patched, write_sum
+from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held, keys
+from lib_locon.patching.parameters import Parameters
+from lib_locon.patching.places import beside, may_run_on, refuse_overlaps
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
-from lib_locon.patching.storage import Memory, cannot_hold, decode, encode
+from lib_locon.patching.storage import Findings, decode, encode
 from lib_locon.patching.store import BaseLost, BaseStore, same_bits
 
 
@@ -43,20 +46,11 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # weakly: whoever keeps an engine for each model must not keep the models alive by it
-        self._owners: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
-        self._tied: dict[str, str] = {}
-        first: dict[int, str] = {}
-        for prefix, module in model.named_modules():
-            for name, weight in module._parameters.items():
-                path = f"{prefix}.{name}" if prefix else name
-                self._owners[path] = (weakref.ref(module), name)
-                # one parameter under several names has one base: it goes by the first
-                self._tied[path] = first.setdefault(id(weight), path)
+        self._model = Parameters(model, partial(_forget_gone, weakref.ref(self)))
         self.store = BaseStore()
         self._held: dict[str, Held] = {}
         self._lock = threading.RLock()
-        self._memory = Memory()
+        self._findings = Findings()
         self._job: Job | None = None
         """What workers may be doing here; none of them writes any more once it was stopped."""
         self.generation = 0
@@ -75,20 +69,34 @@ class Engine:
     def unchanged(self) -> bool:
         """Whether every weight still holds what was last written into it, and nothing was left half done."""
         with self._own():
-            return all(held.patches is not None and held.untouched(self._weight(p)) for p, held in self._held.items())
+            return all(
+                held.patches is not None and held.untouched(self._model.weight(p)) for p, held in self._held.items()
+            )
 
-    def apply(self, plan: Plan, rounding: Rounding = "exact") -> int:
+    def shares(self, other: Engine) -> bool:
+        """Whether the two may write the same weights: of a model, and of a part of it."""
+        return self._model.shares(other._model)
+
+    def refuse_changed_by(self, other: Engine, plan: Plan) -> None:
+        """Raises PatchError where a weight of the plan holds what another engine wrote: it is not the base."""
+        theirs = {id(weight) for weight in other._model.found(list(other._held)).values()}
+        for path, weight in self._model.found(plan).items():
+            if id(weight) in theirs:
+                raise PatchError(f"{path} holds an adapter of a Session for another model, which shares this weight; "
+                                 "take it off there first, or use one Session for both")  # fmt: skip
+
+    def apply(self, plan: Plan, rounding: Rounding = "exact", findings: Findings | None = None) -> int:
         """Makes the model hold base + plan and returns how many weights were written.
 
         `rounding`: once, or after each patch in the plan's order (weights of 8 bits always once). Weights that already
         hold what they should are not touched. All or nothing: on any error every weight gets its base back before the
-        error goes on (as PatchError; an interrupt as itself).
+        error goes on (as PatchError; an interrupt as itself). `findings`: what was found of the weights just now.
         """
         with self._own():
             self._settle()
-            self._memory = Memory()
+            self._findings = findings or Findings()
             self._accept_outside_writes()
-            plan = self._untied(plan)
+            plan = self._model.untied(plan)
             wanted = {path: keys(patches, rounding) for path, patches in plan.items()}
             held = {path: entry.keys for path, entry in self._held.items()}
             changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
@@ -116,7 +124,7 @@ class Engine:
         interrupt: KeyboardInterrupt | None = None
         failed: dict[str, Exception] = {}
         with self._own():
-            self._memory = Memory()
+            self._findings = Findings()
             while self._job is not None or set(self._held) - set(failed):
                 try:
                     self._settle()
@@ -151,8 +159,8 @@ class Engine:
         except BaseLost as error:
             failed[path] = error  # nothing was written
         except Exception as error:  # noqa: BLE001  the others must get their base back, whatever is wrong with this one
-            weight = self._weight(path)
-            base = self.store.save(path, weight).to(weight.device)
+            weight = self._model.weight(path)
+            base = beside(weight, self.store.save(path, weight))
             if base.dtype == weight.dtype and same_bits(weight.detach(), base):
                 self._forget(path)  # it cannot be written, and never was
             else:
@@ -165,11 +173,11 @@ class Engine:
         is still ours.
         """
         for path, entry in list(self._held.items()):
-            weight = self._weight(path)
+            weight = self._model.weight(path)
             if entry.untouched(weight) or entry.patches is None:
                 continue
             try:
-                base = self.store.save(path, weight).to(weight.device)
+                base = beside(weight, self.store.save(path, weight))
             except BaseLost:
                 if entry.weight == id(weight) and not weight.is_inference():
                     self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
@@ -185,7 +193,9 @@ class Engine:
     def _write_all(self, paths: Sequence[str], plan: Plan, rounding: Rounding) -> None:
         """Writes these weights: those that get their base back, then those that two workers may. Raises _Failed."""
         extremes: dict[str, Tensor | None] = {}
-        devices = self._devices(paths)
+        weights = self._model.found((*paths, *plan))
+        refuse_overlaps({path: weight for path, weight in weights.items() if path in plan})
+        devices = {weight.device.type for weight in weights.values()}
         self.generation += 1
 
         @contextmanager
@@ -205,7 +215,7 @@ class Engine:
             for path in paths:
                 if not plan.get(path):  # first: their copies are given back before others are made
                     alone(path)
-            shared = self._to_share([path for path in paths if plan.get(path)]) if can_share() else {}
+            shared = {path: weights[path].numel() for path in paths if self._can_share(path, plan, weights)}
             crew = crew_for(sum(shared.values()))
             if crew is not None:
                 # the largest first, so that both end at nearly the same time
@@ -219,45 +229,27 @@ class Engine:
         if path:
             raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")
 
-    def _devices(self, paths: Sequence[str]) -> set[str]:
-        """The kinds of device that these weights are on."""
-        found: set[str] = set()
-        for path in paths:
-            with suppress(Exception):  # to be said where it is written
-                found.add(self._weight(path).device.type)
-        return found
+    def _can_share(self, path: str, plan: Plan, weights: Mapping[str, Tensor]) -> bool:
+        """Whether workers may make the sum of this weight. Not those that run others' code, or on a GPU."""
+        weight = weights.get(path) if plan.get(path) else None
+        return weight is not None and weight.is_cpu and self._can_hold(path)
 
-    def _to_share(self, paths: Sequence[str]) -> dict[str, int]:
-        """Those that workers may write, and how many numbers each has. Not those that run others' code, or on a GPU."""
-        sizes: dict[str, int] = {}
-        places: dict[int, str] = {}
-        for path in paths:
-            try:
-                weight, (module, name) = self._weight(path), self._owner(path)
-                holds = weight.device.type == "cpu" and cannot_hold(module, name, self._memory) is None
-                first = places.setdefault(weight.data_ptr(), path) if holds else ""
-            except Exception:  # noqa: BLE001  to be said where it is written
-                continue
-            if first == path:
-                sizes[path] = weight.numel()
-            else:  # two parameters over the same numbers: one after the other
-                sizes.pop(first, None)
-        return sizes
+    def _can_hold(self, path: str) -> bool:
+        return self._findings.cannot_hold(*self._model.owner(path)) is None
 
     def _write(
         self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
     ) -> Tensor | None:
-        weight = self._weight(path)
+        weight = self._model.weight(path)
         extremes: Tensor | None = None
         with _writing(weight):
             base = self.store.save(path, weight)
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
             self._held[path] = Held.by(weight, None, rounding)
             if patches:
-                on_device = base.to(weight.device)
-                extremes = self._write_sum(path, weight.detach(), on_device, patches, rounding, space)
+                extremes = self._write_sum(path, weight.detach(), beside(weight, base), patches, rounding, space)
             else:
-                weight.copy_(base)
+                weight.copy_(base, non_blocking=may_run_on(weight, base))
         if patches:
             self._held[path] = Held.by(weight, tuple(patches), rounding)
         else:
@@ -277,10 +269,10 @@ class Engine:
 
         To be called within `exact_sums`, as `_write` is with patches.
         """
-        module, name = self._owner(path)
-        if cannot_hold(module, name, self._memory) is None:
+        if self._can_hold(path):
             write = write_sum if rounding == "exact" else write_one_by_one
             return write(out, base, patches, space)
+        module, name = self._model.owner(path)
         total, extremes = patched(decode(module, name, base), patches, torch.float32)
         if extremes is not None and overflows(extremes, torch.float32):
             raise OverflowError("at these strengths its numbers are beyond fp32")
@@ -289,16 +281,12 @@ class Engine:
 
     def _overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
         """The first of these weights whose sum its dtype cannot hold; "" for none. Waits for a GPU once, at the end."""
-        found = {path: values for path, values in extremes.items() if values is not None}
-        for dtype in {self._weight(path).dtype for path in found}:
-            paths = [path for path in found if self._weight(path).dtype == dtype]
-            if overflows(torch.cat([found[path] for path in paths]), dtype):
-                bad = [path for path in paths if overflows(found[path], dtype)]
-                # a checkpoint that has NaN in it was so before: not the adapter's doing, and no reason to refuse it
-                bad = [path for path in bad if torch.isfinite(self.store.save(path, self._weight(path)).float()).all()]
-                if bad:
-                    return bad[0]
-        return ""
+        noted = {p: (seen, self._model.weight(p).dtype) for p, seen in extremes.items() if seen is not None}
+        return next(filter(self._has_finite_base, overflowing(noted)), "")
+
+    def _has_finite_base(self, path: str) -> bool:
+        # a checkpoint that has NaN in it was so before: not the adapter's doing, and no reason to refuse it
+        return bool(torch.isfinite(self.store.save(path, self._model.weight(path)).float()).all())
 
     def _forget(self, path: str, forget: Callable[[str], None] | None = None) -> None:
         # the copy first: interrupted in between, the weight counts as held and is looked at again; the other way round
@@ -307,27 +295,14 @@ class Engine:
         (forget or self.store.drop)(path)
         self._held.pop(path, None)
 
-    def _untied(self, plan: Plan) -> Plan:
-        merged: dict[str, tuple[Patch, ...]] = {}
-        for path, patches in plan.items():
-            first = self._tied.get(path, path)
-            merged[first] = (*merged.get(first, ()), *patches)
-        return merged
 
-    def _weight(self, path: str) -> Tensor:
-        # looked up each time: `.to()` and load_state_dict may put another tensor in the parameter's place
-        module, name = self._owner(path)
-        weight = module._parameters.get(name)  # as a rule; `getattr` of a module takes five times as long
-        if weight is None:
-            weight = getattr(module, name)
-        return weight
-
-    def _owner(self, path: str) -> tuple[nn.Module, str]:
-        reference, name = self._owners[path]
-        module = reference()
-        if module is None:
-            raise PatchError(f"the module that held {path} is gone; make a new Session for the model")
-        return module, name
+def _forget_gone(engine: weakref.ref[Engine], paths: Sequence[str]) -> None:
+    """Nobody will ask for the base of these weights any more."""
+    alive = engine()
+    if alive is not None:
+        for path in paths:
+            alive.store.lose(path)
+            alive._held.pop(path, None)
 
 
 def _writing(weight: Tensor) -> AbstractContextManager[object]:

@@ -19,7 +19,7 @@ from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
 from lib_locon.patching.hooks import Hook, Sum, Term
 from lib_locon.patching.plan import Patch, Plan
-from lib_locon.patching.storage import Memory, Route, cannot_hook, which_path
+from lib_locon.patching.storage import Findings, Route, cannot_hook, which_path
 
 _Key: TypeAlias = dict[str, tuple[object, ...]]
 """Of a plan: equal keys, equal hooks."""
@@ -56,12 +56,12 @@ class SidePath:
         """Whether any module has a hook."""
         return bool(self._hooks)
 
-    def route(self, view: View, delta: object, *, side: bool = False, memory: Memory | None = None) -> Route:
+    def route(self, view: View, delta: object, *, side: bool = False, findings: Findings | None = None) -> Route:
         """By which way this ΔW reaches its weight; `side`: beside it wherever possible."""
-        branch, memory = self._branches.has_branch(delta), memory or Memory()
+        branch, findings = self._branches.has_branch(delta), findings or Findings()
         routes = [
             which_path(
-                self._module(path), name, view, branch=branch, parent=self._parent(path), side=side, memory=memory
+                self._module(path), name, view, branch=branch, parent=self._parent(path), side=side, findings=findings
             )
             for path, name in self._owners[view.path]
         ]
@@ -70,25 +70,32 @@ class SidePath:
 
     def judge(self) -> Callable[[View, object], str | None]:
         """Says of each ΔW of an adapter why it has no way to its weight at all; None where it has one."""
-        memory = Memory()
+        findings = Findings()
 
         def unusable(view: View, delta: object) -> str | None:
-            route = self.route(view, delta, memory=memory)
+            route = self.route(view, delta, findings=findings)
             return route.reason if route.path is None else None
 
         return unusable
 
-    def split(self, plan: Plan, *, side: bool = False) -> tuple[Plan, Plan]:
+    def split(self, plan: Plan, *, side: bool = False, findings: Findings | None = None) -> tuple[Plan, Plan]:
         """(what the engine is to write, what is to run beside). Patches without any way stay with the engine."""
         merged: dict[str, tuple[Patch, ...]] = {}
         beside: dict[str, tuple[Patch, ...]] = {}
-        memory = Memory()
+        findings = findings or Findings()
         for path, patches in plan.items():
+            if not side and self._all_hold(path, findings):  # as nearly always
+                merged[path] = patches
+                continue
             for patch in patches:
-                runs = self.route(patch.view, patch.delta, side=side, memory=memory).path == "side"
+                runs = self.route(patch.view, patch.delta, side=side, findings=findings).path == "side"
                 plans = beside if runs else merged
                 plans[path] = (*plans.get(path, ()), patch)
         return merged, beside
+
+    def _all_hold(self, path: str, findings: Findings) -> bool:
+        """Whether the parameter can hold a sum, for each of the modules that have it."""
+        return all(findings.cannot_hold(self._module(owner), name) is None for owner, name in self._owners[path])
 
     def set(self, plan: Plan) -> int:
         """Makes the hooks exactly those of `plan`; returns how many modules were touched.

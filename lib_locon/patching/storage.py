@@ -39,15 +39,23 @@ class Route:
     reason: str = ""
 
 
-class Memory:
-    """What the system lets the process write, as it was at the first question: a look at it takes a millisecond.
+class Findings:
+    """What was found of a model's weights: each is looked at once, at the first question about it.
 
     For the weights of one change, which live meanwhile; another change takes another look.
     """
 
     def __init__(self) -> None:
+        self._reasons: dict[tuple[int, str], str | None] = {}
         self._protected: list[tuple[int, int]] | None = None
-        """First and last address of each span, in their order."""
+        """First and last address of each span, in their order: to ask the system takes a millisecond."""
+
+    def cannot_hold(self, module: nn.Module, name: str) -> str | None:
+        """Why the parameter cannot hold base + ΔW without loss, as half a sentence; None where it can."""
+        key = (id(module), name)
+        if key not in self._reasons:
+            self._reasons[key] = _cannot_hold(module, name, self)
+        return self._reasons[key]
 
     def protects(self, address: int) -> bool:
         """Whether a write there would end the process, as into a file that is mapped for reading only."""
@@ -74,14 +82,14 @@ def which_path(
     branch: bool,
     parent: nn.Module | None = None,
     side: bool = False,
-    memory: Memory | None = None,
+    findings: Findings | None = None,
 ) -> Route:
     """For the parameter `name` of `module`: merge where it can hold the sum, else beside it, else requantised.
 
     `branch` says whether the ΔW can run beside the weight; `side`, that the user wants so wherever it can.
     """
-    memory = memory or Memory()
-    why_not_merge = cannot_hold(module, name, memory)
+    findings = findings or Findings()
+    why_not_merge = findings.cannot_hold(module, name)
     if why_not_merge is None and not (side and branch):
         return Route("merge")
     why_not_side = cannot_hook(module, name, view, parent)
@@ -89,14 +97,13 @@ def which_path(
         return Route("side", why_not_merge or "asked for")
     if why_not_merge is None:
         return Route("merge", str(why_not_side))
-    if can_requantise(module, name, memory):
+    if can_requantise(module, name, findings):
         return Route("requantise", why_not_merge)
     beside = why_not_side or "this kind of adapter needs the weight itself"
     return Route(None, f"{why_not_merge}, and {beside}")
 
 
-def cannot_hold(module: nn.Module, name: str, memory: Memory) -> str | None:
-    """Why the parameter cannot hold base + ΔW without loss, as half a sentence; None where it can."""
+def _cannot_hold(module: nn.Module, name: str, findings: Findings) -> str | None:
     weight: Tensor = getattr(module, name)
     if weight.is_meta:
         return "the model's weight has no data (meta device)"
@@ -106,7 +113,7 @@ def cannot_hold(module: nn.Module, name: str, memory: Memory) -> str | None:
         return f"the model's weight is stored as {str(weight.dtype).removeprefix('torch.')}"
     if any(getattr(module, scale, None) is not None for scale in SCALES) and name == "weight":
         return "the model's weight is stored with a scale beside it"
-    return "the model's weight is read-only" if _read_only(weight, memory) else None
+    return "the model's weight is read-only" if _read_only(weight, findings) else None
 
 
 def cannot_hook(module: nn.Module, name: str, view: View, parent: nn.Module | None = None) -> str | None:
@@ -130,21 +137,21 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
 
 
-def _read_only(weight: Tensor, memory: Memory) -> bool:
+def _read_only(weight: Tensor, findings: Findings) -> bool:
     """Whether a write would fail: numbers that share memory among themselves, or memory that the system protects."""
     if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
         return True
     storage = weight.untyped_storage()
     owned = not hasattr(storage, "resizable") or storage.resizable()  # by torch, which allocates to write
-    return not owned and weight.device.type == "cpu" and weight.numel() > 0 and memory.protects(weight.data_ptr())
+    return not owned and weight.device.type == "cpu" and weight.numel() > 0 and findings.protects(weight.data_ptr())
 
 
-def can_requantise(module: nn.Module, name: str, memory: Memory) -> bool:
+def can_requantise(module: nn.Module, name: str, findings: Findings) -> bool:
     """Whether `decode` and `encode` know what the stored numbers stand for."""
     weight: Tensor = getattr(module, name)
     if weight.is_meta or type(weight) not in (nn.Parameter, Tensor) or hasattr(weight, "quant_state"):
         return False
-    if tuple(weight.shape) != logical_shape(module, name) or _read_only(weight, memory):
+    if tuple(weight.shape) != logical_shape(module, name) or _read_only(weight, findings):
         return False
     scaled = _scale(module, name) is not None
     return weight.dtype in FP8 or (scaled and weight.dtype in (torch.int8, *PLAIN))

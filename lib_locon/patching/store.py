@@ -170,6 +170,11 @@ class BaseStore:
         self._reasons.pop(path, None)
         self._free_if_idle()
 
+    def lose(self, path: str) -> None:
+        """Forgets a weight that is no more."""
+        self.drop(path)
+        self._unused.pop(path, None)
+
     def keep(self, paths: Collection[str]) -> None:
         """Forgets all other weights, and gives unused copies back."""
         self._unused.clear()
