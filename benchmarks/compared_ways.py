@@ -8,20 +8,18 @@ for another strength of what is merged, `remove` takes it back, `unload` forgets
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lib_locon
 from benchmarks import adapters
 from benchmarks.memory import available
-from benchmarks.models import random_model, skeleton
+from benchmarks.models import random_model, save_checkpoint, skeleton
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.store import BaseStore
 
@@ -142,11 +140,7 @@ class OursCheckpoint(OursRam):
 
     def __init__(self, model: str, dtype: torch.dtype, folder: Path) -> None:
         super().__init__(model, dtype, folder)
-        self.checkpoint = folder / "model.safetensors"
-        # as in real files: without the levels that the host puts into a loaded model
-        tensors = {name.replace(".wrapped.", "."): weight for name, weight in self.model.named_parameters()}
-        save_file(tensors, self.checkpoint)
-        os.utime(self.checkpoint, ns=(0, 0))  # a file of this very second is not relied on
+        self.checkpoint = save_checkpoint(self.model, folder / "model.safetensors")
 
     def store(self) -> BaseStore:
         self.session.read_bases_from(self.checkpoint)

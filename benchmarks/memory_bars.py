@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,12 @@ from time import perf_counter
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import lib_locon
 from benchmarks import adapters
 from benchmarks.memory import anonymous, settle, watch
-from benchmarks.models import DTYPES, MODELS, random_model
+from benchmarks.models import DTYPES, MODELS, random_model, save_checkpoint
 from lib_locon.patching.store import Policy
 
 BARS: dict[str, float] = {"ram": 1.1, "checkpoint": 0.1}
@@ -69,10 +67,7 @@ def measure(name: str, dtype: str, policies: Sequence[Policy], switches: int) ->
     """The JSON object. One model for all policies; each gets it with its base values and leaves it so."""
     with tempfile.TemporaryDirectory(prefix="locon-benchmark-") as folder:
         model = random_model(name, DTYPES[dtype])
-        path = Path(folder) / "model.safetensors"
-        # as in real files: without the levels that the host puts into a loaded model
-        save_file({name.replace(".wrapped.", "."): weight for name, weight in model.named_parameters()}, path)
-        os.utime(path, ns=(0, 0))  # a file of this very second is not relied on
+        path = save_checkpoint(model, Path(folder) / "model.safetensors")
         table = lib_locon.Session(model).table
         for kind in KINDS:
             adapters.write(Path(folder) / f"{kind}.safetensors", kind, table)

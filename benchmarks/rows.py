@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import lib_locon
 from benchmarks import adapters
 from benchmarks.memory import settle, watch
+from benchmarks.models import save_checkpoint
 from lib_locon.arithmetic import multiplier
+from lib_locon.patching.store import Policy
 
 SIDE = 2048
 
@@ -88,10 +90,15 @@ class Measured:
 class Rig:
     """One model with its session, its adapters (read and matched beforehand, once per file), and the floor's copy."""
 
-    def __init__(self, model: nn.Module, rows: Sequence[str], folder: Path, start: str = "base") -> None:
+    def __init__(
+        self, model: nn.Module, rows: Sequence[str], folder: Path, start: str = "base", policy: Policy = "ram"
+    ) -> None:
         self.rows = {name: row_from(name, start) for name in rows}
         self.model = model  # a session does not keep its model
         self.session = lib_locon.Session(model)
+        self.session.engine.store.policy = policy
+        if policy == "checkpoint":
+            self.session.read_bases_from(save_checkpoint(model, folder / "model.safetensors"))
         parameters = dict(model.named_parameters())
         self.touched = [parameters[path] for path in adapters.trained(self.session.table).values()]
         self.pristine: list[Tensor] = [weight.detach().clone() for weight in self.touched]

@@ -7,7 +7,9 @@
 The floor is one plain copy of the weights that the adapters touch (read the base, write the weight), timed before every
 row. A ratio is the median of row over floor, each with the floor just before it. Each row is one `Session.apply`
 (schedule-20: twenty). Rows that apply start from another LoCon, whose base is kept already; with `--start base` they
-start from nothing, and so pay for looking whether the kept copies still are the base.
+start from nothing, and so pay for looking whether the kept copies still are the base. With `--policy checkpoint` there
+are no copies: each change reads the base from the model's file, as the webui does by default, here from the system's
+cache; the file is as large as the model.
 All adapters touch the 350 modules that kohya trains as C3Lier (SD1.5); files are fp16, read and matched beforehand.
 `anon_mib` is the most anonymous memory (RssAnon) above the resting state, looked at in a round of its own; null where
 the system does not tell. `arithmetic` is the share of the ratio that the row's products alone take at the rate of
@@ -38,13 +40,14 @@ import torch
 from benchmarks.memory import settle
 from benchmarks.models import DTYPES, MODELS, random_model
 from benchmarks.rows import ROWS, STARTS, Rig, as_json
+from lib_locon.patching.store import Policy
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, and returns the exit code."""
     options = _parse(arguments)
     try:
-        result = measure(options.model, options.dtype, options.rows, options.rounds, options.start)
+        result = measure(options.model, options.dtype, options.rows, options.rounds, options.start, options.policy)
     except MemoryError as error:
         print(f"not enough memory: {error}", file=sys.stderr)
         return 1
@@ -52,14 +55,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(model: str, dtypes: list[str], rows: list[str], rounds: int, start: str) -> dict[str, Any]:
+def measure(
+    model: str, dtypes: list[str], rows: list[str], rounds: int, start: str, policy: Policy = "ram"
+) -> dict[str, Any]:
     """The JSON object: one model in memory at a time, one dtype after the other."""
     floors: dict[str, float] = {}
     found: list[dict[str, Any]] = []
     for dtype in dtypes:
         print(f"{model} {dtype}: {', '.join(rows)}; {rounds} rounds from {start}", file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix="locon-benchmark-") as folder:
-            rig = Rig(random_model(model, DTYPES[dtype]), rows, Path(folder), start)
+            rig = Rig(random_model(model, DTYPES[dtype]), rows, Path(folder), start, policy)
             floors[dtype], measured = rig.run(rounds)
         found += [as_json(name, dtype, figures, rig.arithmetic(name)) for name, figures in measured.items()]
         del rig
@@ -70,6 +75,7 @@ def measure(model: str, dtypes: list[str], rows: list[str], rounds: int, start: 
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "start": start,
+        "policy": policy,
         "floor_seconds": floors,
         "rows": found,
     }
@@ -81,7 +87,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _lines(result: dict[str, Any]) -> Iterator[str]:
-    yield f"{result['model']}, torch {result['torch']}, {result['threads']} threads, from {result['start']}"
+    how = f"from {result['start']}, base kept by {result['policy']}"
+    yield f"{result['model']}, torch {result['torch']}, {result['threads']} threads, {how}"
     for dtype, floor in result["floor_seconds"].items():
         yield f"\n{dtype:<14}{'seconds':>10}{'ratio':>10}{'MiB':>8}{'weights':>9}"
         yield f"{'floor':<14}{floor:>10.4f}{1:>10.3f}"
@@ -99,6 +106,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", action="append", metavar="NAME,…", help=f"of {', '.join(ROWS)}; all of them")
     parser.add_argument("--rounds", type=int, default=3, help="times that each row is timed; 3")
     parser.add_argument("--start", choices=STARTS, default="other", help="what the rows that apply start from; other")
+    parser.add_argument("--policy", choices=("ram", "checkpoint"), default="ram", help="what keeps the base; ram")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout and nothing else")
     options = parser.parse_args(arguments)
     if options.rounds < 1:

@@ -27,7 +27,8 @@ from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.memory import LARGE, SMALL, Scratch, allocate
 from lib_locon.patching.plan import Plan, make_plan
-from lib_locon.patching.store import POLICIES, BaseLost, BaseStore, Policy, same_bits
+from lib_locon.patching.readback import BaseLost
+from lib_locon.patching.store import POLICIES, BaseStore, Policy, same_bits
 from tests.test_faults import FaultAt, operations
 
 if TYPE_CHECKING:

@@ -36,6 +36,10 @@ SETTLED = 2_000_000_000
 with no change of its time."""
 
 
+_AT_ONCE = hasattr(os, "preadv")
+"""Whether several threads can read from one handle, each at a place of its own: not on Windows."""
+
+
 class _Identity(NamedTuple):
     """By handle, not by name: on Windows `os.stat` and `os.fstat` may tell different devices for one file.
 
@@ -64,6 +68,8 @@ class CheckpointSource:
         self.path: Path = file.path.absolute()  # the host may change its directory
         self._entries: Mapping[str, Entry] = {p: file.entries[key] for p, key in names.items() if key in file.entries}
         self._lock = threading.Lock()
+        self._sound: set[str] = set()
+        """Weights that were read: what is looked for in a cast cannot come later, for the file stays the same."""
         self._held: FileIO | None = None
         opened = self._open()
         try:
@@ -85,13 +91,17 @@ class CheckpointSource:
             raise FileError("the checkpoint file has no such weight")
         if entry.shape != tuple(out.shape):
             raise FileError("the checkpoint file has the weight in another shape")
-        with self._lock, self._opened() as file:
-            try:
-                _read(file, entry, out)
-                self._check(file)  # after it: so a change that came while reading is seen as well as one before
-            except (OSError, EOFError) as error:
-                why = getattr(error, "strerror", None) or error
-                raise FileError(f"{self.path} cannot be read: {why}") from error
+        self._read(entry, 0, out, checked=path in self._sound)
+        self._sound.add(path)
+
+    def read_part(self, path: str, first: int, out: Tensor) -> None:
+        """Some of its numbers, from number `first` on; of a weight that was read before. As `read`."""
+        self._read(self._entries[path], first, out, checked=True)
+
+    def check(self) -> None:
+        """Raises FileError where the file is not what it was, and cannot be read back any more."""
+        with self._opened() as file:
+            self._check(file)
 
     def unchanged(self) -> bool:
         """Whether the name still stands for the same file, unwritten, and a write from now on would show in its time.
@@ -108,6 +118,19 @@ class CheckpointSource:
         self._settled = self._settled or abs(time.time_ns() - self._identity.mtime_ns) >= SETTLED
         return same and self._settled
 
+    def _read(self, entry: Entry, first: int, out: Tensor, *, checked: bool) -> None:
+        with self._opened() as file:
+            try:
+                start = entry.start + first * entry.torch_dtype.itemsize
+                if entry.torch_dtype == out.dtype:
+                    _fill(file, start, out)
+                else:
+                    _read_cast(file, start, entry.torch_dtype, out, checked=checked)
+                self._check(file)  # after it: so a change that came while reading is seen as well as one before
+            except (OSError, EOFError) as error:
+                why = getattr(error, "strerror", None) or error
+                raise FileError(f"{self.path} cannot be read: {why}") from error
+
     def _check(self, file: FileIO) -> None:
         if _Identity.of(file) != self._identity:
             raise FileError(f"{self.path} has changed since it was loaded")
@@ -120,29 +143,26 @@ class CheckpointSource:
 
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
-        with self._open() if self._held is None else nullcontext(self._held) as file:
-            yield file
+        if self._held is None:
+            with self._open() as file:
+                yield file
+        else:
+            with nullcontext() if _AT_ONCE else self._lock:  # one handle has one position
+                yield self._held
 
 
-def _read(file: FileIO, entry: Entry, out: Tensor) -> None:
-    if entry.torch_dtype == out.dtype:
-        _fill(file, entry.start, out)
-    else:
-        _read_cast(file, entry, out)
-
-
-def _read_cast(file: FileIO, entry: Entry, out: Tensor) -> None:
+def _read_cast(file: FileIO, start: int, dtype: torch.dtype, out: Tensor, *, checked: bool) -> None:
     """By tiles: no second tensor of the weight's size."""
-    flat, dtype = out.view(-1), entry.torch_dtype
+    flat = out.view(-1)
     buffer = torch.empty(min(TILE, flat.numel()), dtype=dtype, device="cpu")
     for first in range(0, flat.numel(), TILE):
         part = buffer[: flat.numel() - first]
-        _fill(file, entry.start + first * dtype.itemsize, part)
+        _fill(file, start + first * dtype.itemsize, part)
         target = flat[first : first + TILE]
         target.copy_(part)
         # torch's vector and scalar code give a NaN different bits: which one it meets depends on its place and on the
         # number of threads, so it would not be the same each time (fp8 has no isnan: there the other side tells)
-        if bool((part if dtype.itemsize > 1 else target.float()).isnan().any()):
+        if not checked and bool((part if dtype.itemsize > 1 else target.float()).isnan().any()):
             raise FileError("the checkpoint file has a NaN in the weight, in another dtype")
 
 
@@ -152,10 +172,13 @@ def _fill(file: FileIO, start: int, out: Tensor) -> None:
         return
     # torch gives no writable buffer without numpy, which is no dependency here; `out` outlives the view
     view = memoryview((ctypes.c_ubyte * out.nbytes).from_address(out.data_ptr()))
-    file.seek(start)
     done = 0
     while done < len(view):
-        count = file.readinto(view[done:])
+        if _AT_ONCE:
+            count = os.preadv(file.fileno(), [view[done:]], start + done)
+        else:
+            file.seek(start + done)
+            count = file.readinto(view[done:]) or 0
         if not count:
             raise EOFError("it has been cut short")
         done += count

@@ -18,11 +18,13 @@ from lib_locon.arithmetic import add_product, exact_arithmetic, matrix, product_
 from lib_locon.models.targets import View
 from lib_locon.patching.memory import allocate
 from lib_locon.patching.plan import Adder, LowRank, Patch
+from lib_locon.patching.readback import ReadBack
 
 TILE = 2 << 18
 """Numbers in a tile on the CPU: 2 MiB of fp32. Smaller tiles lose to overhead; of larger ones the cache does not hold
 what two workers need at a time."""
-
+PART = 2
+"""Tiles of the base that are read from a file at a time."""
 
 _HARMLESS = {torch.float16: 8.0, torch.bfloat16: 2.0**100, torch.float32: 2.0**100, torch.float64: 2.0**900}
 """A change that no number of the dtype can leave its range by: under half of the step between its largest numbers."""
@@ -91,6 +93,40 @@ def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Worksp
         _write_rows(straight, base.contiguous(), patches, watch, space)
         out.copy_(straight)
     return watch.extremes()
+
+
+def write_from_file(out: Tensor, base: ReadBack, patches: Sequence[Patch], space: Workspace) -> bool:
+    """As `write_sum`, with a base that is read by rows as the sum needs them: it never leaves the processor's cache.
+
+    `out` is contiguous, on the CPU, and has the dtype of the base. Without patches it gets the base. False, and nothing
+    is written, where more is needed than a product of ranks that cannot overflow. Raises BaseLost.
+    """
+    product = _only_product(out, patches, space)
+    if product is None and patches:
+        return False
+    target = matrix(out)
+    step = max(1, TILE // target.shape[1])
+    for start in range(0, len(target), PART * step):
+        rows = target[start : start + PART * step]
+        pristine = base.read_rows(start, space.take("pristine", tuple(rows.shape), rows.dtype, rows.device))
+        if product is None:
+            rows.copy_(pristine)
+        elif not add_product(rows, pristine, product[0][start : start + len(rows)], product[1], step):
+            return False  # at the first
+    return True
+
+
+def _only_product(out: Tensor, patches: Sequence[Patch], space: Workspace) -> tuple[Tensor, Tensor] | None:
+    """Up and down where the sum is the base and their product, and nothing needs to be looked at."""
+    products = []
+    for patch in patches:
+        factors = patch.delta.low_rank(out.device) if patch.view == View(patch.view.path) else None
+        if factors is None:
+            return None
+        products.append((factors, patch.strength))
+    if not products or _Watch(out, out, patches).needed:
+        return None
+    return _side_by_side(products, out, space, 0)
 
 
 def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:

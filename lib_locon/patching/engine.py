@@ -15,15 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
-from lib_locon.patching.compute import Workspace, exact_sums, overflowing, overflows, patched, write_sum
+from lib_locon.patching.compute import (
+    Workspace,
+    exact_sums,
+    overflowing,
+    overflows,
+    patched,
+    write_from_file,
+    write_sum,
+)
 from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held, keys
 from lib_locon.patching.parameters import Parameters
 from lib_locon.patching.places import beside, may_run_on, refuse_overlaps
 from lib_locon.patching.plan import Patch, Plan
+from lib_locon.patching.readback import BaseLost
 from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import Findings, decode, encode
-from lib_locon.patching.store import BaseLost, BaseStore, same_bits
+from lib_locon.patching.store import BaseStore, same_bits
 
 
 class _Failed(Exception):
@@ -212,26 +221,25 @@ class Engine:
                 yield write
 
         with begin() as alone:
-            for path in paths:
-                if not plan.get(path):  # first: their copies are given back before others are made
-                    alone(path)
-            shared = {path: weights[path].numel() for path in paths if self._can_share(path, plan, weights)}
-            crew = crew_for(sum(shared.values()))
-            if crew is not None:
-                # the largest first, so that both end at nearly the same time
-                self._job = Job(sorted(shared, key=shared.__getitem__, reverse=True), begin)
-                crew.do(self._job)
-                self._job = None
-            for path in paths:
-                if path not in extremes:
-                    alone(path)
+            # first those that get their base back: their copies are given back before others are made
+            for some in ([p for p in paths if not plan.get(p)], [p for p in paths if plan.get(p)]):
+                shared = {path: weights[path].numel() for path in some if self._can_share(path, weights)}
+                crew = crew_for(sum(shared.values()))
+                if crew is not None:
+                    # the largest first, so that both end at nearly the same time
+                    self._job = Job(sorted(shared, key=shared.__getitem__, reverse=True), begin)
+                    crew.do(self._job)
+                    self._job = None
+                for path in some:
+                    if crew is None or path not in shared:
+                        alone(path)
         path = self._overflowing(extremes)
         if path:
             raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")
 
-    def _can_share(self, path: str, plan: Plan, weights: Mapping[str, Tensor]) -> bool:
-        """Whether workers may make the sum of this weight. Not those that run others' code, or on a GPU."""
-        weight = weights.get(path) if plan.get(path) else None
+    def _can_share(self, path: str, weights: Mapping[str, Tensor]) -> bool:
+        """Whether workers may write this weight. Not those that run others' code, or on a GPU."""
+        weight = weights.get(path)
         return weight is not None and weight.is_cpu and self._can_hold(path)
 
     def _can_hold(self, path: str) -> bool:
@@ -243,18 +251,38 @@ class Engine:
         weight = self._model.weight(path)
         extremes: Tensor | None = None
         with _writing(weight):
-            base = self.store.save(path, weight)
-            # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
-            self._held[path] = Held.by(weight, None, rounding)
-            if patches:
-                extremes = self._write_sum(path, weight.detach(), beside(weight, base), patches, rounding, space)
-            else:
-                weight.copy_(base, non_blocking=may_run_on(weight, base))
+            if not self._write_from_file(path, weight, patches, rounding, space):
+                base = self.store.save(path, weight)
+                # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
+                self._held[path] = Held.by(weight, None, rounding)
+                if patches:
+                    extremes = self._write_sum(path, weight.detach(), beside(weight, base), patches, rounding, space)
+                else:
+                    weight.copy_(base, non_blocking=may_run_on(weight, base))
         if patches:
             self._held[path] = Held.by(weight, tuple(patches), rounding)
         else:
             self._forget(path, self.store.release)
         return extremes
+
+    def _write_from_file(
+        self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
+    ) -> bool:
+        """Whether it was done by reading the base where it is needed, and no more of it at a time than that."""
+        if space is None or rounding != "exact" or not self._can_hold(path):
+            return False
+        if not (weight.is_cpu and weight.ndim and weight.is_contiguous()):
+            return False
+        base = self.store.readable(path, weight)
+        if base is None:
+            return False
+        self._held[path] = Held.by(weight, None, rounding)
+        try:
+            return write_from_file(weight.detach(), base, patches, space)
+        except BaseLost:
+            # partly written: what it holds is nothing to come back to, and what is loaded into it is another base
+            self._held[path] = Held.by(weight, (), rounding)
+            raise
 
     def _write_sum(
         self,

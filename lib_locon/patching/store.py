@@ -9,7 +9,7 @@ weight, bit for bit. What differs (a baked VAE, a merge, an edited weight) or is
 A copy outlives its use: the next adapter finds it there, for memory given back and taken again costs more time than any
 sum. It counts for nothing until it was compared with the weight once more. `free_unused` gives it back at once.
 
-Several threads may save at a time, each another weight; around everything else is the engine's lock.
+Several threads may save and release at a time, each another weight; around everything else is the engine's lock.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from lib_locon.errors import FileError, PatchError, one_of
+from lib_locon.errors import FileError, one_of
 from lib_locon.patching.memory import Scratch, allocate
+from lib_locon.patching.readback import BaseLost, PristineSource, ReadBack
 
 Policy: TypeAlias = Literal["auto", "checkpoint", "ram", "device"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -35,49 +36,6 @@ def policy_named(name: str) -> Policy:
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class BaseLost(PatchError):
-    """The pristine value of a weight cannot be read back any more; nothing was written."""
-
-
-class PristineSource(Protocol):
-    """The file that a model came from."""
-
-    def read(self, path: str, out: Tensor) -> None:
-        """Fills `out` (contiguous, on the CPU) with the weight at `path`, cast to the dtype of `out`.
-
-        The same bits each time. Raises FileError, with `out` undefined, where the file has no such weight in this
-        shape, cannot be read, or is not what it was when the source was made.
-        """
-        ...
-
-    def unchanged(self) -> bool:
-        """Whether the file is there as it was, so that another weight may rely on it."""
-        ...
-
-
-@dataclass(frozen=True)
-class _ReadBack:
-    """A weight that was proved to be in the file. It keeps its own source: the store's may be another by now.
-
-    `dtype` is the weight's when it was proved: what the model then held is the base, in whatever dtype the file is.
-    """
-
-    source: PristineSource
-    path: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """What a copy would take."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    def read(self, scratch: Scratch) -> Tensor:
-        out = scratch.lend(self.shape, self.dtype)
-        self.source.read(self.path, out)
-        return out
 
 
 @dataclass(frozen=True)
@@ -123,7 +81,7 @@ class BaseStore:
         self._copies: dict[str, Tensor] = {}
         self._unused: dict[str, Tensor] = {}
         self._free_unused = False
-        self._reads: dict[str, _ReadBack] = {}
+        self._reads: dict[str, ReadBack] = {}
         self._reasons: dict[str, str] = {}
         self._scratch = Scratch()
 
@@ -144,6 +102,14 @@ class BaseStore:
             return read.read(self._scratch)
         except FileError as error:
             return self._loaded_again(path, weight, error)
+
+    def readable(self, path: str, weight: Tensor) -> ReadBack | None:
+        """The pristine value of a weight by rows, for who needs no more of it at a time; None where it is no file's, or
+        can be had by `save` only. For a weight that `save` was called for."""
+        read = self._reads.get(path)
+        if read is None or read.shape != tuple(weight.shape) or read.dtype != weight.dtype or not read.is_there():
+            return None
+        return read
 
     @property
     def free_unused(self) -> bool:
@@ -238,7 +204,7 @@ class BaseStore:
             raise FileError("the model's weight is no plain tensor")
         if not source.unchanged():
             raise FileError("the checkpoint file has changed, or is too new to tell whether it will")
-        read = _ReadBack(source, path, tuple(weight.shape), weight.dtype)
+        read = ReadBack(source, path, tuple(weight.shape), weight.dtype)
         base = read.read(self._scratch)
         if not same_bits(base.to(weight.device), weight):
             raise FileError("the model's weight is not the checkpoint's")

@@ -1,0 +1,82 @@
+"""A pristine weight that is in a file and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lib_locon.errors import FileError, PatchError
+from lib_locon.patching.memory import Scratch
+
+
+class BaseLost(PatchError):
+    """The pristine value of a weight cannot be read back any more; nothing wrong was written."""
+
+
+class PristineSource(Protocol):
+    """The file that a model came from."""
+
+    def read(self, path: str, out: Tensor) -> None:
+        """Fills `out` (contiguous, on the CPU) with the weight at `path`, cast to the dtype of `out`.
+
+        The same bits each time. Raises FileError, with `out` undefined, where the file has no such weight in this
+        shape, cannot be read, or is not what it was when the source was made.
+        """
+        ...
+
+    def read_part(self, path: str, first: int, out: Tensor) -> None:
+        """The same for some of its numbers in their order, from number `first` on: of a weight that was read before."""
+        ...
+
+    def unchanged(self) -> bool:
+        """Whether the file is there as it was, so that another weight may rely on it."""
+        ...
+
+    def check(self) -> None:
+        """Raises FileError where weights that rely on the file cannot be read any more."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """A weight that was proved to be in the file. It keeps its own source: the store's may be another by now.
+
+    `dtype` is the weight's when it was proved: what the model then held is the base, in whatever dtype the file is.
+    """
+
+    source: PristineSource
+    path: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """What a copy would take."""
+        return self.dtype.itemsize * prod(self.shape)
+
+    def read(self, scratch: Scratch) -> Tensor:
+        """The whole. Raises FileError."""
+        out = scratch.lend(self.shape, self.dtype)
+        self.source.read(self.path, out)
+        return out
+
+    def is_there(self) -> bool:
+        """Whether it can be read, as far as can be seen without reading."""
+        try:
+            self.source.check()
+        except FileError:
+            return False
+        return True
+
+    def read_rows(self, start: int, out: Tensor) -> Tensor:
+        """Fills `out`, some rows of the weight as a matrix, from row `start` on, and returns it. Raises BaseLost: what
+        was read before is right, and nothing of what it was now."""
+        try:
+            self.source.read_part(self.path, start * out.shape[1], out)
+        except FileError as error:
+            raise BaseLost(f"the base of {self.path} is lost ({error}); load the checkpoint again") from error
+        return out
