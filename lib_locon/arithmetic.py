@@ -23,6 +23,15 @@ def matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1)
 
 
+def peak(tensor: Tensor) -> float:
+    """The size of its largest number; NaN where there is one, 0 where there is none to see (meta device)."""
+    if tensor.is_meta or not tensor.numel():
+        return 0.0
+    # cast first: torch knows no minimum for fp8
+    least, largest = torch.aminmax(tensor.detach().float())
+    return float(torch.maximum(-least, largest))
+
+
 def working_dtype(base: Tensor) -> torch.dtype:
     """In which a change of this weight is made and added: fp32, and fp64 for the rare weight that is stored so."""
     return torch.float64 if base.dtype == torch.float64 else torch.float32

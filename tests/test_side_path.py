@@ -159,6 +159,61 @@ def test_the_output_is_that_of_the_merged_weight(family: str, kind: str, dtype: 
     side.clear()
 
 
+def resized(family: str, weight: Tensor, sizes: Sequence[float]) -> dict[str, Tensor]:
+    """Its factors, each times one of `sizes`, the last one for all that are left."""
+    factors = tensors_of(family, tuple(weight.shape))
+    return {key: value * sizes[min(i, len(sizes) - 1)] for i, (key, value) in enumerate(factors.items())}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d grouped"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [(1e-4, 3e3), (3e3, 1e-4), (1e5, 1e-5), (1e-7, 1e6), (3e4, 1, 3e-5)], ids=str)
+@torch.no_grad()
+def test_factors_of_unlike_size_run_where_their_product_is_ordinary(
+    sizes: Sequence[float], family: str, kind: str
+) -> None:
+    """In fp16, where 65504 is the end, also on the way from one factor to the next."""
+    torch.manual_seed(1)
+    make, shape = LAYERS[kind]
+    model = nn.Sequential(make()).half()
+    layer, x = model[0], numbers(*shape, seed=5).half() * 10
+    tensors = resized(family, layer.weight, sizes)
+    whole = truth(family, tensors, layer.weight)
+    strength = 0.7 / float(whole.abs().max())  # whatever the product is, the change is one of about 1
+    for several in (False, True):
+        plan = [patch("0.weight", layer_of(tensors), strength)]
+        other = tensors_of("lora", tuple(layer.weight.shape), seed=9)
+        weight = layer.weight.double() + strength * whole
+        if several:
+            plan.append(patch("0.weight", layer_of(other), 0.3, "b"))
+            weight += 0.3 * truth("lora", other, layer.weight)
+        side = SidePath(model, combine)
+        side.set(make_plan(plan))
+        assert error(model(x), output(layer, x, weight)) < NOISE[torch.float16]
+        side.clear()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_scale_is_not_rounded_with_the_strength(family: str) -> None:
+    """What multiplies the change at the end is rounded to the layer's dtype on the CPU: to 8 bits in bf16."""
+    branch = combine.combine([layer_of(tensors_of(family, (12, 8)), alpha=2.7)], [0.5])
+    ((_, number),) = branch.run(numbers(3, 8).bfloat16(), nn.Linear(8, 12))
+    assert torch.frexp(torch.tensor(number)).mantissa == 0.5
+
+
+def test_factors_are_made_of_ordinary_size_without_a_rounding() -> None:
+    layer = layer_of(resized("lora", torch.zeros(12, 8), (1e36, 1e-30)), alpha=None)
+    sized = branches.LowRank(up=layer.family.up, down=layer.family.down, scale=0.25).sized()
+    assert sized.up is layer.family.up, "merging reads the file's own factors"
+    ready = sized.to(torch.device("cpu"), torch.float32)
+    for factor, stored in ((ready.up, sized.up), (ready.down, sized.down)):
+        quotients = set((factor.double() / stored.double()).flatten().tolist())
+        assert len(quotients) == 1 and torch.frexp(torch.tensor(quotients.pop())).mantissa == 0.5
+        assert 0.1 < factor.abs().max() < 1
+    wanted = 0.25 * sized.up.double() @ sized.down.double()
+    assert torch.allclose(ready.scale * (ready.up.double() @ ready.down.double()), wanted, rtol=1e-12, atol=0)
+
+
 def test_residual_embedding_and_multiplying_families() -> None:
     sparse = {
         **tensors_of("lora", (12, 8)), "bias_indices": torch.tensor([[0, 5], [3, 7]], dtype=torch.int16),

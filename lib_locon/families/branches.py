@@ -7,51 +7,81 @@ product of elements, is made in tiles). Which families have one is in `branch_of
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lib_locon.arithmetic import matrix
+from lib_locon.arithmetic import matrix, peak
 from lib_locon.families.convolve import CONVS, apply_pointwise, apply_weight, channel_axis, groups, per_group
 from lib_locon.families.tucker import rebuild
 
 B = TypeVar("B", bound="Branch")
 TILE = 2**20
 """Numbers of ΔW that a dense branch makes at a time: 4 MiB in fp32."""
+MOST_POWER = 126
+"""Of 2, that a factor is multiplied by: fp32 holds it, and one over it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Branch:
-    """Tensors and a number, `scale`, that together are ΔW at strength 1. The first field takes the scale."""
+    """Tensors and a number, `scale`, that together are ΔW at strength 1."""
 
     scale: float = 1.0
+    powers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """By tensor: the power of 2 that `to` multiplies it by, and the scale by one over it."""
+
+    def sized(self: B) -> B:
+        """The same with its `powers` chosen; looks at every number of the factors."""
+        # fp16 ends at 65504: however a file shares ΔW's size out among its factors, each of them is to hand on numbers
+        # about as large as it is given. What they are worth is in the scale, for the finished change. Powers of 2 are
+        # exact
+        powers = {name: _power(tensor, self._summed(name, tensor)) for name, tensor in self._tensors()}
+        return dataclasses.replace(self, powers=powers)
 
     def to(self: B, device: torch.device, dtype: torch.dtype) -> B:
-        """Ready for inputs of this kind: the scale folded in, in fp32, and every factor rounded once."""
-        return self._converted(device, dtype, {})
+        """Ready for inputs of this kind: every factor multiplied by its power, in fp32, and rounded once.
 
-    def _converted(self: B, device: torch.device, dtype: torch.dtype, others: dict[str, Any]) -> B:
+        The first takes the scale's digits too: of that a power of 2 is left, which no dtype of the layer's rounds.
+        """
         wide = torch.promote_types(dtype, torch.float32)
-        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: value.to(device).to(wide) for name, value in held.items() if isinstance(value, Tensor)}
-        for name in list(moved)[:1]:
-            moved[name] = moved[name] * self.scale
-        narrow = {name: value.to(dtype) for name, value in moved.items()}
-        return dataclasses.replace(self, **{**narrow, **others, "scale": 1.0})
+        digits = math.frexp(self.scale)[0] or 1.0
+        moved: dict[str, Tensor] = {}
+        for name, tensor in self._tensors():
+            factor = 2.0 ** self.powers.get(name, 0) * (1.0 if moved else digits)
+            moved[name] = (tensor.to(device).to(wide) * factor).to(dtype)
+        scale = self.scale / digits * 2.0 ** -sum(self.powers.values())
+        return dataclasses.replace(self, **moved, scale=scale, powers={})
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        held = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return ((name, value) for name, value in held if isinstance(value, Tensor))
+
+    def _summed(self, name: str, tensor: Tensor) -> int:
+        """How many of its numbers, each times one of the input, come to one of the output."""
+        del name
+        return matrix(tensor).shape[1]
 
     def rows(self: B, start: int, length: int) -> B:
         """The branch of these rows of ΔW."""
         raise NotImplementedError
 
     def run(self, x: Tensor, layer: nn.Module) -> Tensor:
-        """ΔW's part of the layer's output for the input `x`, in the dtype of `x`; call `to` first."""
+        """ΔW's part of the layer's output for `x`, without the scale, in the dtype of `x`; call `to` first."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
         """ΔW as a matrix (out, n), without the scale."""
         raise NotImplementedError
+
+
+def _power(tensor: Tensor, summed: int) -> int:
+    """Which brings its largest number to about one over the root of `summed`."""
+    power = -math.frexp(peak(tensor))[1] - summed.bit_length() // 2
+    return max(-MOST_POWER, min(MOST_POWER, power))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -100,8 +130,12 @@ class Kronecker(Branch):
     start: int = 0
     length: int = -1
 
+    def sized(self) -> Kronecker:
+        return dataclasses.replace(super().sized(), second=self.second.sized())
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Kronecker:
-        return self._converted(device, dtype, {"second": self.second.to(device, dtype)})
+        moved, second = super().to(device, dtype), self.second.to(device, dtype)
+        return dataclasses.replace(moved, second=second, scale=moved.scale * second.scale)
 
     def rows(self, start: int, length: int) -> Kronecker:
         return dataclasses.replace(self, start=start, length=length)
@@ -142,7 +176,7 @@ class Dense(Branch):
 
     def to(self: D, device: torch.device, dtype: torch.dtype) -> D:
         # two products of small numbers multiplied would vanish in fp16: only the finished tile is rounded
-        return self._converted(device, torch.promote_types(dtype, torch.float32), {})
+        return super().to(device, torch.promote_types(dtype, torch.float32))
 
     def rows(self: D, start: int, length: int) -> D:
         return dataclasses.replace(self, start=self.start + start, length=length)
@@ -177,6 +211,10 @@ class Hadamard(Dense):
     a2: Tensor
     b2: Tensor
 
+    def _summed(self, name: str, tensor: Tensor) -> int:
+        # the two products meet element by element: only one of them is to be as small as a weight
+        return 1 if name == "b2" else super()._summed(name, tensor)
+
     def _columns(self) -> int:
         return self.b1.shape[1]
 
@@ -191,7 +229,7 @@ class Whole(Dense):
     weight: Tensor
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Whole:
-        return self._converted(device, dtype, {})  # nothing is multiplied any more
+        return Branch.to(self, device, dtype)  # nothing is multiplied any more
 
     def _columns(self) -> int:
         return self.weight.shape[1]

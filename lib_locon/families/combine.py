@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lib_locon.families.branch_of import branch_of, has_branch
 from lib_locon.families.branches import Branch, LowRank
 from lib_locon.families.convolve import apply_pointwise, apply_weight, per_group
+from lib_locon.families.layer import FLOAT32_MAX
 
 __all__ = ["Combined", "combine", "has_branch"]
 Kind = tuple[torch.device, torch.dtype]
@@ -23,6 +25,8 @@ class _Ready:
     down: Tensor | None
     ups: tuple[Tensor, ...]
     """One for each low-rank branch; in fp32 where there are several, which strengths have yet to be put into."""
+    scales: tuple[float, ...]
+    """What the product of each of these is to be multiplied by."""
     others: tuple[Branch, ...]
 
 
@@ -35,7 +39,7 @@ class Combined:
         self._rest = [i for i in range(len(branches)) if i not in self._low]
         self._strengths = tuple(strengths)
         self._ready = ready
-        self._ups: dict[Kind, Tensor] = {}
+        self._ups: dict[Kind, tuple[Tensor, float]] = {}
 
     def with_strengths(self, strengths: Sequence[float]) -> Combined:
         """The same at other strengths; no factor is read or converted again."""
@@ -50,36 +54,43 @@ class Combined:
         found = []
         if ready.down is not None:
             hidden = apply_weight(x, layer, per_group(ready.down, layer))
-            alone = self._strengths[self._low[0]] if len(self._low) == 1 else 1.0
-            found.append((apply_pointwise(hidden, layer, self._up(ready, kind)), alone))
+            up, number = self._up(ready, kind)
+            found.append((apply_pointwise(hidden, layer, up), number))
         for i, branch in zip(self._rest, ready.others, strict=True):
-            found.append((branch.run(x, layer), self._strengths[i]))
+            found.append((branch.run(x, layer), self._number(i, branch.scale)))
         return found
+
+    def _number(self, i: int, scale: float) -> float:
+        """What the branch's output is to be multiplied by, as fp32 holds it."""
+        return max(-FLOAT32_MAX, min(FLOAT32_MAX, self._strengths[i] * scale))
 
     def _made_ready(self, device: torch.device, dtype: torch.dtype) -> _Ready:
         others = tuple(self._branches[i].to(device, dtype) for i in self._rest)
         if not self._low:
-            return _Ready(None, (), others)
+            return _Ready(None, (), (), others)
         wide = torch.promote_types(dtype, torch.float32) if len(self._low) > 1 else dtype
         low = [branch.to(device, wide) for branch in self._branches if isinstance(branch, LowRank)]
         down = torch.cat([branch.down.to(dtype) for branch in low])
-        return _Ready(down, tuple(branch.up for branch in low), others)
+        return _Ready(down, tuple(branch.up for branch in low), tuple(branch.scale for branch in low), others)
 
-    def _up(self, ready: _Ready, kind: Kind) -> Tensor:
-        """(out, all ranks) with the strengths in it, rounded once; as it is where one strength serves for all."""
-        if len(ready.ups) == 1:
-            return ready.ups[0]
-        up = self._ups.get(kind)
-        if up is None:
-            parts = [self._strengths[i] * part for i, part in zip(self._low, ready.ups, strict=True)]
-            up = self._ups[kind] = torch.cat(parts, 1).to(kind[1])
-        return up
+    def _up(self, ready: _Ready, kind: Kind) -> tuple[Tensor, float]:
+        """(out, all ranks) and a number for all of it; what each has of its own is in `up`, rounded once."""
+        numbers = [self._number(i, scale) for i, scale in zip(self._low, ready.scales, strict=True)]
+        if len(numbers) == 1:
+            return ready.ups[0], numbers[0]
+        found = self._ups.get(kind)
+        if found is None:
+            common = 2.0 ** (math.frexp(max(map(abs, numbers)))[1] - 1)
+            parts = [number / common * part for number, part in zip(numbers, ready.ups, strict=True)]
+            found = self._ups[kind] = torch.cat(parts, 1).to(kind[1]), common
+        return found
 
 
 def combine(layers: Sequence[object], strengths: Sequence[float]) -> Combined:
     """Σ strength · branch of the layers; raises ValueError for one that has no branch (ask `has_branch`)."""
     branches = [branch_of(layer) for layer in layers]
-    found = [branch for branch in branches if branch is not None]
+    # looked at now, not in the forward: to wait for a GPU there costs time, and torch.compile stops at it
+    found = [branch.sized() for branch in branches if branch is not None]
     if len(found) != len(branches):
         raise ValueError("a layer whose ΔW needs the base weight cannot run beside it")
     return Combined(found, strengths, {})

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import exact_arithmetic, has_products, matrix, rounded_product, working_dtype
+from lib_locon.arithmetic import exact_arithmetic, has_products, matrix, peak, rounded_product, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder, Family
 
@@ -93,7 +93,7 @@ class Layer:
     @cached_property
     def _peaks(self) -> Mapping[str, float]:
         """The largest size of a number in each factor, by its suffix; NaN where there is one."""
-        return {suffix: _peak(tensor) for suffix, tensor in self.tensors().items()}
+        return {suffix: peak(tensor) for suffix, tensor in self.tensors().items()}
 
     def delta(self, base: Tensor) -> Tensor:
         """ΔW at strength 1, in the shape, dtype and device of `base` (the pristine weight, fp32)."""
@@ -164,11 +164,3 @@ class Layer:
     @cached_property
     def _moved(self) -> dict[tuple[int, torch.device], Any]:
         return {}
-
-
-def _peak(tensor: Tensor) -> float:
-    if tensor.is_meta or not tensor.numel():
-        return 0.0
-    # cast first: torch knows no minimum for fp8
-    least, largest = torch.aminmax(tensor.detach().float())
-    return float(torch.maximum(-least, largest))
