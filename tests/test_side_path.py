@@ -214,6 +214,39 @@ def test_factors_are_made_of_ordinary_size_without_a_rounding() -> None:
     assert torch.allclose(ready.scale * (ready.up.double() @ ready.down.double()), wanted, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", NOISE, ids=str)
+@pytest.mark.parametrize("family", ["lora", "tucker", "loha", "lokr", "full", "lora+loha"])
+@pytest.mark.parametrize("strength", [70000.0, -1e7, 1e30, 3e38, 1e-5, 1e-8, 1e-30])
+@torch.no_grad()
+def test_a_strength_is_no_number_of_the_layers_dtype(strength: float, family: str, dtype: torch.dtype) -> None:
+    """It acts wherever the result fits, whether ΔW makes up for it or the input does; and it never ends an image."""
+    model = nn.Sequential(nn.Conv2d(8, 12, 1)).to(dtype)
+    layer = model[0]
+    names = family.split("+")
+    for change, inputs in ((1.0, 1.0), (3e5, 0.01)):  # the second: in a weight of fp16 it would be infinite
+        x = (numbers(2, 8, 5, 4, seed=5) * inputs).to(dtype)
+        held = [resized(name, layer.weight, (change / strength, 1.0)) for name in names]
+        weight, patches = layer.weight.double(), []
+        for name, tensors in zip(names, held, strict=True):
+            weight = weight + strength * truth(name, tensors, layer.weight)
+            patches.append(patch("0.weight", layer_of(tensors), strength, name))
+        side = SidePath(model, combine)
+        side.set(make_plan(patches))
+        assert error(model(x), output(layer, x, weight)) < NOISE[dtype]
+        side.clear()
+
+
+@torch.no_grad()
+def test_a_result_that_does_not_fit_is_infinite_and_no_error() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 12)).half(), numbers(3, 8).half()
+    side = SidePath(model, combine)
+    for strength in (1.0, 3e38):
+        side.set(make_plan([patch("0.weight", layer_of(tensors_of("full", (12, 8)), alpha=3e38), strength)]))
+        assert model(x).dtype == torch.float16
+    side.set(make_plan([patch("0.weight", layer_of(tensors_of("lora", (12, 8)), alpha=3e38), 3e38)]))
+    assert not model(x).isfinite().all()
+
+
 def test_residual_embedding_and_multiplying_families() -> None:
     sparse = {
         **tensors_of("lora", (12, 8)), "bias_indices": torch.tensor([[0, 5], [3, 7]], dtype=torch.int16),

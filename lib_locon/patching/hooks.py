@@ -95,7 +95,7 @@ class Hook:
 def _added(module: nn.Module, x: Tensor, output: Tensor, terms: Sequence[Term]) -> Tensor:
     """The output with all terms, in its own dtype; the layer's own tensor is not written to."""
     parts = [(term.view, *part) for term in terms for part in term.sum.run(_input_of(x, module, term.view), module)]
-    if len(parts) == 1 and not _is_rows(parts[0][0]):
+    if len(parts) == 1 and not _is_rows(parts[0][0]) and _holds(output.dtype, parts[0][2]):
         _, change, strength = parts[0]
         return torch.add(output, change, alpha=strength)
     total = output.to(torch.promote_types(output.dtype, torch.float32), copy=True)
@@ -104,6 +104,12 @@ def _added(module: nn.Module, x: Tensor, output: Tensor, terms: Sequence[Term]) 
         place = total.narrow(axis, view.start, view.length) if _is_rows(view) else total
         place.add_(change, alpha=strength)
     return total.to(output.dtype)
+
+
+def _holds(dtype: torch.dtype, number: float) -> bool:
+    """Whether it is an ordinary one there: on the CPU torch rounds it to `dtype`, and refuses one that is too large."""
+    limits = torch.finfo(dtype)
+    return limits.tiny <= abs(number) <= limits.max
 
 
 def _input_of(x: Tensor, module: nn.Module, view: View) -> Tensor:
