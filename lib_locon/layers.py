@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lib_locon.arithmetic import matrix, without_autocast
+from lib_locon.arithmetic import exact_arithmetic, matrix
 from lib_locon.errors import LoconError
 from lib_locon.families.convolve import apply_pointwise, apply_weight, per_group
 
@@ -74,7 +74,7 @@ class _Branched(nn.Module):
     def merge(self) -> None:
         """Puts base + strength · ΔW into the weight. Always from the base: to merge again takes up new factors."""
         base = self.weight.detach().clone() if self.pristine_weight is None else self.pristine_weight
-        with without_autocast(base.device.type):
+        with exact_arithmetic(base.device.type):
             delta = self.delta()
             total = torch.add(base.to(delta.dtype), delta, alpha=self.strength)
         self.pristine_weight = base  # before the first byte changes: `unmerge` will see to whatever happens

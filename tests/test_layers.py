@@ -194,6 +194,26 @@ def test_autocast_and_mixed_dtypes(kind: str) -> None:
     assert all(f.grad is not None and f.grad.dtype == torch.float32 for f in factors(half).values())
 
 
+@every_kind
+def test_merging_is_in_full_precision_whatever_the_host_chose(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with TF32, and on processors with products in bf16, a factor would lose bits."""
+    layer, _ = made(kind)
+    seen, real = [], type(layer).delta
+
+    def delta(self: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return real(self)
+
+    monkeypatch.setattr(type(layer), "delta", delta)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        layer.merge()
+        assert torch.get_float32_matmul_precision() == "medium", "the host's choice is its own"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
+
+
 @torch.no_grad()
 def test_moved_and_copied_while_merged() -> None:
     layer, x = made("conv2d")
