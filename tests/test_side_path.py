@@ -728,6 +728,58 @@ def test_requantising_starts_from_the_best_base_and_stays_finite() -> None:
     )
 
 
+def in_8_bits(dtype: torch.dtype, scale: object = None) -> nn.Linear:
+    layer = nn.Linear(8, 12)
+    stored = layer.weight.detach() * 100
+    layer.weight = nn.Parameter((stored.round() if dtype == torch.int8 else stored).to(dtype), requires_grad=False)
+    layer.weight_scale = scale
+    return layer
+
+
+def dora(seed: int = 0) -> Layer:
+    return layer_of({**tensors_of("lora", (12, 8), seed=seed), "dora_scale": torch.ones(12, 1)})
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.int8, torch.float32], ids=str)
+@pytest.mark.parametrize("sizes", [(), (1,), (1, 1), (1, 1, 1), (12,), (12, 1), (1, 8), (12, 8)], ids=str)
+def test_scales_of_a_known_layout(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    scale = numbers(*sizes).abs() / 100 + 0.01
+    model = nn.Sequential(in_8_bits(dtype, scale))
+    stored = model[0].weight.detach().clone()
+    column = scale.reshape(12, 1) if sizes == (12,) else scale.reshape(()) if scale.numel() == 1 else scale
+    assert torch.equal(decode(model[0], "weight", stored), stored.float() * column)
+    assert SidePath(model, combine).route(View("0.weight"), dora()).path == "requantise"
+    Engine(model).apply(make_plan([patch("0.weight", dora())]))
+    assert not torch.equal(model[0].weight.float(), stored.float())
+
+
+@pytest.mark.parametrize("dtype", [FP8, torch.int8, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "scale", [*(torch.ones(sizes) for sizes in ((8, 3), (3, 2), (8,), (12, 1, 1), (2, 12, 8), (0,))), "x", 0.5],
+    ids=lambda scale: str(tuple(scale.shape)) if isinstance(scale, Tensor) else repr(scale),
+)  # fmt: skip
+def test_a_scale_whose_layout_is_not_known_leaves_out_its_weight_alone(
+    scale: object, dtype: torch.dtype, tmp_path: Path, write_adapter: WriteAdapter
+) -> None:
+    """Block by block, as many quantisers store it: decoded as one of ours it would be noise, or no sum at all."""
+    model = nn.ModuleDict({"odd": in_8_bits(dtype, scale), "known": in_8_bits(FP8, torch.tensor(0.01))})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors = {**tensors_of("lora", (12, 8)), "dora_scale": torch.ones(12, 1)}
+    adapter = lib_locon.load(write_adapter(tmp_path / "a.safetensors", {"odd": tensors, "known": tensors}))
+    session = lib_locon.Session(model)
+    report = session.apply([lib_locon.Use(adapter)])
+    (one,) = report.adapters
+    assert (one.used, one.total, report.written) == (1, 2, 1)
+    assert "1 × the model's weight is stored" in str(one)
+    assert "the layout of its scale is not known, and this kind of adapter needs the weight itself" in str(one)
+    assert torch.equal(model["odd"].weight.float(), before["odd.weight"].float())
+    with pytest.raises(PatchError, match=r"odd\.weight could not be patched \(the layout of its scale is not known"):
+        Engine(model).apply(make_plan([patch("odd.weight", dora())]))
+    session.restore()
+    plain = SidePath(model, combine).route(View("odd.weight"), layer_of(tensors_of("lora", (12, 8))))
+    assert plain.path == "side", "which needs no scale"
+
+
 def test_a_sum_beyond_all_numbers_is_refused_where_it_would_be_rounded_to_8_bits() -> None:
     # clamped, it would be a weight of nothing but the largest number, without a word
     model = nn.Module()

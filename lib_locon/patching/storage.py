@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -99,6 +100,8 @@ def which_path(
         return Route("merge", str(why_not_side))
     if can_requantise(module, name, findings):
         return Route("requantise", why_not_merge)
+    if not _has_known_scale(module, name):
+        why_not_merge += ", the layout of its scale is not known"
     beside = why_not_side or "this kind of adapter needs the weight itself"
     return Route(None, f"{why_not_merge}, and {beside}")
 
@@ -153,6 +156,8 @@ def can_requantise(module: nn.Module, name: str, findings: Findings) -> bool:
         return False
     if tuple(weight.shape) != logical_shape(module, name) or _read_only(weight, findings):
         return False
+    if not _has_known_scale(module, name):
+        return False
     scaled = _scale(module, name) is not None
     return weight.dtype in FP8 or (scaled and weight.dtype in (torch.int8, *PLAIN))
 
@@ -183,12 +188,32 @@ def encode(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> T
 
 
 def _scale(module: nn.Module, name: str) -> Tensor | None:
+    """What the stored numbers are multiplied by, in a shape that torch stretches to theirs; None where by nothing.
+
+    Raises PatchError for one that is not known: one number for a block of them, say, which blocks nothing tells.
+    """
     if name != "weight":
         return None
     scale = next((found for attribute in SCALES if (found := getattr(module, attribute, None)) is not None), None)
-    if not isinstance(scale, Tensor) or scale.numel() == 1 or scale.ndim > 1:
-        return scale if isinstance(scale, Tensor) else None
-    return scale.reshape(-1, *(1 for _ in logical_shape(module, name)[1:]))  # one number for each output
+    if scale is None:
+        return None
+    shape = logical_shape(module, name)
+    if isinstance(scale, Tensor):
+        if scale.numel() == 1:
+            return scale.reshape(())
+        if scale.shape == shape[:1]:
+            return scale.reshape(-1, *(1 for _ in shape[1:]))  # one number for each output
+        if scale.ndim == len(shape) and all(size in (1, full) for size, full in zip(scale.shape, shape, strict=True)):
+            return scale
+    raise PatchError("the layout of its scale is not known")
+
+
+def _has_known_scale(module: nn.Module, name: str) -> bool:
+    try:
+        _scale(module, name)
+    except PatchError:
+        return False
+    return True
 
 
 def logical_shape(module: nn.Module, name: str) -> tuple[int, ...]:
