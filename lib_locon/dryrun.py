@@ -12,7 +12,7 @@ from lib_locon.errors import FileError, LoconError
 from lib_locon.families import combine
 from lib_locon.files.adapter import Adapter, read_adapter
 from lib_locon.library import Entry
-from lib_locon.matching import Match, match
+from lib_locon.matching import Match, match_model
 from lib_locon.models.table import TargetTable
 from lib_locon.patching.parameters import uncompiled
 from lib_locon.patching.plan import make_plan
@@ -84,7 +84,7 @@ class Trial:
 
     def _matched(self, adapter: Adapter) -> Match:
         # not `session.match`: that keeps what it finds, for adapters whose factors are there
-        return match(adapter, self._table, self._side.judge())
+        return match_model(adapter, self._table, self._side)
 
     def _sizes(self, paths: Iterable[str]) -> dict[int, int]:
         """Bytes of each weight; one that goes by several names is one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from lib_locon.errors import ShapeError, Unusable
@@ -13,6 +13,7 @@ from lib_locon.files.adapter import Adapter, Module, Unmatched
 from lib_locon.models.base_family import base_family, other_family
 from lib_locon.models.table import TargetTable
 from lib_locon.models.targets import Target, View
+from lib_locon.patching.sidepath import SidePath
 
 Unwritable = Callable[[View, Layer], "str | None"]
 """Says why a weight cannot be changed by a layer; None where it can."""
@@ -53,6 +54,22 @@ class Match:
     def used(self) -> int:
         """How many modules change something."""
         return len({item.module for item in self.matched})
+
+
+def match_model(adapter: Adapter, table: TargetTable, side: SidePath) -> Match:
+    """As `match`, with a live model, and a note where what it holds of the sum is less than others do."""
+    judge = side.judge()
+    found = match(adapter, table, judge)
+    # here, for it is asked once for an adapter and not at each change of a set
+    count = len(judge.rounded.intersection(item.view.path for item in found.matched))
+    if not count:
+        return found
+    what = (
+        "1 weight is stored in 8 bits: its sum is"
+        if count == 1
+        else f"{count} weights are stored in 8 bits: their sums are"
+    )
+    return replace(found, notes=(*found.notes, f"{what} rounded to 8 bits again"))
 
 
 def match(

@@ -23,7 +23,7 @@ class AdapterReport:
     total: int
     unmatched: tuple[Unmatched, ...]
     notes: tuple[str, ...] = ()
-    """Choices that the file left open, and what was chosen."""
+    """Choices that the file left open, and what was chosen; what the model's own storage does to the sum."""
     made_for: str = ""
     """The family of base models that the file was made for, where nothing of it fits this one."""
 

@@ -16,7 +16,7 @@ from lib_locon.families.layer import Layer
 from lib_locon.files.adapter import Adapter
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
-from lib_locon.matching import Match, Matched, match
+from lib_locon.matching import Match, Matched, match_model
 from lib_locon.models.blocks import place_of
 from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.models.table import TargetTable
@@ -164,7 +164,7 @@ class Session:
         with self._state.lock:
             found = self._state.matches.get(adapter)
             if found is None:
-                found = self._state.matches[adapter] = match(adapter, self.table, self.side.judge())
+                found = self._state.matches[adapter] = match_model(adapter, self.table, self.side)
             return found
 
 

@@ -34,7 +34,7 @@ from lib_locon.models.targets import View
 from lib_locon.patching import storage
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Patch, Plan, make_plan
-from lib_locon.patching.sidepath import SidePath
+from lib_locon.patching.sidepath import Judge, SidePath
 from lib_locon.patching.storage import decode, encode, logical_shapes, which_path
 from tests import random_adapters
 from tests.oracles import naive
@@ -778,6 +778,32 @@ def test_a_scale_whose_layout_is_not_known_leaves_out_its_weight_alone(
     session.restore()
     plain = SidePath(model, combine).route(View("odd.weight"), layer_of(tensors_of("lora", (12, 8))))
     assert plain.path == "side", "which needs no scale"
+
+
+@pytest.mark.parametrize("side_path", [False, True])
+def test_it_is_said_that_a_sum_is_rounded_to_8_bits_again(
+    side_path: bool, tmp_path: Path, write_adapter: WriteAdapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {**tensors_of("lora", (12, 8)), "dora_scale": torch.ones(12, 1)}
+    modules = dict.fromkeys(("a", "b", "scaled", "plain"), tensors)
+    pure = lib_locon.load(write_adapter(tmp_path / "dora.safetensors", modules))
+    beside = lib_locon.load(
+        write_adapter(tmp_path / "lora.safetensors", dict.fromkeys("ab", tensors_of("lora", (12, 8))))
+    )
+    single = lib_locon.load(write_adapter(tmp_path / "one.safetensors", {"b": tensors}))
+    parts = {"a": fp8_linear(), "b": in_8_bits(torch.int8, torch.tensor(0.01)), "plain": nn.Linear(8, 12)}
+    # the last is decoded and summed too, but rounded to what it was stored as, as everywhere
+    model = nn.ModuleDict({**parts, "scaled": in_8_bits(torch.float16, torch.tensor(0.01))})
+    session = lib_locon.Session(model, side_path=side_path)
+    lines = str(session.apply([lib_locon.Use(pure), lib_locon.Use(beside), lib_locon.Use(single)])).split("\n")
+    assert lines[0].endswith(": 4/4 layers; 2 weights are stored in 8 bits: their sums are rounded to 8 bits again")
+    assert lines[1].endswith(": 2/2 layers")
+    assert lines[2].endswith(": 1/1 layers; 1 weight is stored in 8 bits: its sum is rounded to 8 bits again")
+    asked = []
+    monkeypatch.setattr(Judge, "__call__", lambda *_: asked.append(1))
+    assert "2 weights" in str(session.apply([lib_locon.Use(pure, lib_locon.Strengths.both(0.5))]))
+    assert not asked, "once for an adapter, not for each change of a set"
+    session.restore()
 
 
 def test_a_sum_beyond_all_numbers_is_refused_where_it_would_be_rounded_to_8_bits() -> None:

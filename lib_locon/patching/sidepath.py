@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -68,15 +68,9 @@ class SidePath:
         # a weight that two modules share is written once, or not at all; beside it means beside both
         return next((route for route in routes if route.path != "side"), routes[0])
 
-    def judge(self) -> Callable[[View, object], str | None]:
-        """Says of each ΔW of an adapter why it has no way to its weight at all; None where it has one."""
-        findings = Findings()
-
-        def unusable(view: View, delta: object) -> str | None:
-            route = self.route(view, delta, findings=findings)
-            return route.reason if route.path is None else None
-
-        return unusable
+    def judge(self) -> Judge:
+        """For the ΔWs of one adapter."""
+        return Judge(self)
 
     def split(self, plan: Plan, *, side: bool = False, findings: Findings | None = None) -> tuple[Plan, Plan]:
         """(what the engine is to write, what is to run beside). Patches without any way stay with the engine."""
@@ -194,6 +188,22 @@ class SidePath:
             if not any(self._modules[other] is self._modules[path] for other, _ in holders):
                 holders.append((path, name))
             self._owners[f"{path}.{name}" if path else name] = holders
+
+
+class Judge:
+    """Says of each ΔW of an adapter why it has no way to its weight at all; None where it has one."""
+
+    def __init__(self, side: SidePath) -> None:
+        self._side = side
+        self._findings = Findings()
+        self.rounded: set[str] = set()
+        """The weights for which the answer was that their sum is rounded to 8 bits again."""
+
+    def __call__(self, view: View, delta: object) -> str | None:
+        route = self._side.route(view, delta, findings=self._findings)
+        if route.rounds:
+            self.rounded.add(view.path)
+        return route.reason if route.path is None else None
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

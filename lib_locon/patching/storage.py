@@ -38,6 +38,8 @@ class Route:
 
     path: Way | None
     reason: str = ""
+    rounds: bool = False
+    """Whether the sum is rounded to 8 bits again."""
 
 
 class Findings:
@@ -99,7 +101,7 @@ def which_path(
     if why_not_merge is None:
         return Route("merge", str(why_not_side))
     if can_requantise(module, name, findings):
-        return Route("requantise", why_not_merge)
+        return Route("requantise", why_not_merge, rounds=getattr(module, name).dtype not in PLAIN)
     if not _has_known_scale(module, name):
         why_not_merge += ", the layout of its scale is not known"
     beside = why_not_side or "this kind of adapter needs the weight itself"
