@@ -89,15 +89,19 @@ def write_files(case: Case, folder: Path) -> Path:
     module = "lora_unet_layer" if case.source == "lycoris" else "base_model.model.layer"
     save_file({key: tensor.contiguous() for key, tensor in case.prefixed(module).items()}, path)
     if case.source == "peft":
-        settings = {
-            "r": 1,
-            "lora_alpha": float(case.config.get("scale", 1.0)),
-            "use_cayley_neumann": case.config.get("use_cayley_neumann", True),
-            "peft_type": "IA3" if case.family == "peft_ia3" else "LORA",
-            "feedforward_modules": ["layer"] if case.config.get("feedforward") else [],
-        }
-        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        (folder / "adapter_config.json").write_text(json.dumps(peft_settings(case)))
     return path
+
+
+def peft_settings(case: Case, module: str = "layer") -> dict[str, object]:
+    """What PEFT's configuration says of the case."""
+    return {
+        "r": 1,
+        "lora_alpha": float(case.config.get("scale", 1.0)),
+        "use_cayley_neumann": case.config.get("use_cayley_neumann", True),
+        "peft_type": "IA3" if case.family == "peft_ia3" else "LORA",
+        "feedforward_modules": [module] if case.config.get("feedforward") else [],
+    }
 
 
 def wrong_cells(case: Case, folder: Path) -> Iterator[str]:
