@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lib_locon
+from lib_locon import session as session_module
 from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
 from lib_locon.patching import engine as engine_module
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from tests.conftest import MakePatch, WriteAdapter, Zoo
 
 PATHS = ("linear.weight", "conv2d.weight", "embedding.weight", "norm.weight")
-PATCHING = str(Path(engine_module.__file__).parent)
+WATCHED = (str(Path(engine_module.__file__).parent), session_module.__file__)
 ERRORS = (RuntimeError("a kernel failed"), MemoryError("no room"), torch.cuda.OutOfMemoryError("CUDA out of memory"))
 INTERRUPTS = (KeyboardInterrupt(), SystemExit(3))
 
@@ -262,11 +263,11 @@ def test_after_a_rescue_that_failed_restore_still_has_the_base(model: nn.Module,
 
 @contextmanager
 def fault_at_line(number: int) -> Iterator[list[str]]:
-    """KeyboardInterrupt at the line of `lib_locon/patching` that is reached as the `number`-th; yields lines seen."""
+    """KeyboardInterrupt at the line of `WATCHED` that is reached as the `number`-th; yields lines seen."""
     seen: list[str] = []
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
-        if not frame.f_code.co_filename.startswith(PATCHING):
+        if not frame.f_code.co_filename.startswith(WATCHED):
             return None
         if event == "line":
             seen.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
