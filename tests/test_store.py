@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import mmap
 import os
@@ -29,6 +30,7 @@ from lib_locon.patching.memory import LARGE, SMALL, Scratch, allocate
 from lib_locon.patching.plan import Plan, make_plan
 from lib_locon.patching.readback import BaseLost
 from lib_locon.patching.store import POLICIES, BaseStore, Policy, same_bits
+from tests.test_engine import grid
 from tests.test_faults import FaultAt, operations
 
 if TYPE_CHECKING:
@@ -247,6 +249,38 @@ def test_a_model_whose_dtype_changes_keeps_the_base_that_it_had(tmp_path: Path) 
     store = store_of(checkpoint(tmp_path / "a.safetensors", {"w": stored}))
     store.save("w", stored.half())
     assert bits(store.save("w", stored.half().float())) == bits(stored.half()), "the file's fp32 was never the base"
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(FLOATS[:4], 2)), ids=str)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("anew", [False, True], ids=["the same parameters", "new parameters"])
+def test_a_model_moved_to_another_dtype_between_two_sets(
+    zoo: Zoo, patch: MakePatch, tmp_path: Path, policy: Policy, first: torch.dtype, second: torch.dtype, anew: bool
+) -> None:
+    """The base of a weight is what it held when it was first changed; nothing of the set before the move is left."""
+    model, untouched = zoo(first), zoo(first)
+    base = {name: weight.detach().clone() for name, weight in untouched.named_parameters()}
+    untouched.to(second)
+    engine = Engine(model)
+    engine.store = store = store_of(checkpoint(tmp_path / "model.safetensors", zoo().state_dict()), policy)
+    one, two = grid((8, 12), 1), grid((8, 4, 3, 3), 2)
+    early = make_plan([patch("linear.weight", one)])
+    engine.apply(early)
+    read_back = policy in ("auto", "checkpoint")
+    assert ways(store) == {"checkpoint" if read_back else "ram": 1}
+    torch.__future__.set_overwrite_module_params_on_conversion(anew)
+    try:
+        model.to(second)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert engine.apply(early) == 0
+    engine.apply(make_plan([patch("linear.weight", one, strength=0.5), patch("conv2d.weight", two)]))
+    expected = {"linear.weight": base["linear.weight"].double() + 0.5 * one}
+    expected["conv2d.weight"] = untouched.get_parameter("conv2d.weight").detach().double() + two
+    for name, total in expected.items():
+        assert bits(model.get_parameter(name)) == bits(total.to(second)), name
+    engine.restore()
+    assert weights(model) == weights(untouched)
 
 
 @settings(max_examples=60)
