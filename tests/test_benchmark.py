@@ -50,7 +50,7 @@ def result() -> dict[str, Any]:
 
 
 def test_form(result: dict[str, Any]) -> None:
-    assert list(result) == ["model", "torch", "threads", "start", "floor_seconds", "rows"]
+    assert list(result) == ["model", "torch", "threads", "start", "policy", "floor_seconds", "rows"]
     assert result["model"] == "tiny"
     assert result["threads"] >= 1
     assert result["floor_seconds"].keys() == {"fp32"}

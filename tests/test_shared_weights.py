@@ -123,10 +123,12 @@ def test_sessions_for_a_model_and_a_part_of_it_wait_for_each_other(write_adapter
     assert done.is_set()
 
 
-def test_the_base_of_a_model_that_is_gone_is_freed(write_adapter: WriteAdapter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [True, False], ids=["with an adapter", "after it"])
+def test_the_base_of_a_model_that_is_gone_is_freed(write_adapter: WriteAdapter, tmp_path: Path, held: bool) -> None:
     model = nn.ModuleDict({"linear": nn.Linear(6, 6)})
     session = Session(model)
-    session.apply([Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))])
+    session.apply(uses := [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))])
+    session.apply(uses if held else [])
     assert session.engine.base_bytes == 6 * 6 * 4
     del model
     assert session.engine.base_bytes == 0
