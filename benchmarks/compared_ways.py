@@ -152,7 +152,8 @@ def need(extra: int, what: str) -> None:
     memory ends processes, and not always the one that took it."""
     free = available()
     if free is not None and free < extra + _LEFT_OVER:
-        raise Unable(f"{what} takes {extra / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are free")
+        least = (extra + _LEFT_OVER) / 2**30
+        raise Unable(f"{what} needs {least:.1f} GiB, some of it for the system; {free / 2**30:.1f} GiB are free")
 
 
 def fill(parts: Iterable[nn.Module], dtype: torch.dtype) -> None:

@@ -8,9 +8,13 @@ Each measurement is a benchmark of this folder, run as its own help says with `-
 machine, the date and the command in `benchmarks/results/NAME.json`; the page is made of these files alone. `python
 install.py bench` prepares the versions that are pinned for it and does the same.
 
-    switch-other   benchmarks.switch while another LoCon is merged    memory    benchmarks.memory_bars
-    switch-base    the same from the base                             compared  benchmarks.compared
-    switch-sdxl    SDXL's true shapes in bf16; 24 GiB              cards     benchmarks.cards with 10,000 files
+    switch-other       benchmarks.switch while another LoCon is merged
+    switch-base        the same from the base
+    switch-checkpoint  as switch-other, with the base read from the checkpoint file
+    switch-sdxl        SDXL's true shapes in bf16; 24 GiB
+    memory             benchmarks.memory_bars
+    compared           benchmarks.compared
+    cards              benchmarks.cards with 10,000 files
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ _ALL_DTYPES = ("--dtype", "fp32,bf16,fp16")
 MEASUREMENTS: dict[str, tuple[str, ...]] = {
     "switch-other": ("benchmarks.switch", *_ALL_DTYPES, "--rounds", "5", "--start", "other"),
     "switch-base": ("benchmarks.switch", *_ALL_DTYPES, "--rounds", "5", "--start", "base"),
+    "switch-checkpoint": ("benchmarks.switch", *_ALL_DTYPES, "--rounds", "5", "--policy", "checkpoint"),
     "switch-sdxl": ("benchmarks.switch", "--model", "sdxl", "--dtype", "bf16", "--start", "other"),
     "memory": ("benchmarks.memory_bars",),
     "compared": ("benchmarks.compared", *_ALL_DTYPES),
@@ -101,6 +106,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "sd-webui-locon": lib_locon.__version__,
+        "commit": _commit(),
     }
 
 
@@ -108,6 +114,16 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """Measurement → what its file holds, of those that are there."""
     files = {name: folder / f"{name}.json" for name in MEASUREMENTS}
     return {name: json.loads(file.read_text(encoding="utf8")) for name, file in files.items() if file.exists()}
+
+
+def _commit() -> str:
+    """Of the engine that was measured; a `+` where files of the package differ from it."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        clean = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "lib_locon"], cwd=ROOT, capture_output=True)
+    except OSError:
+        return ""
+    return found.stdout.strip() + "+" * bool(clean.returncode) if found.returncode == 0 else ""
 
 
 def _memory() -> str:

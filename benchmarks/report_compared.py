@@ -18,8 +18,8 @@ _WHAT: Mapping[str, str] = {
 _CALLS: Mapping[str, str] = {"load": "loaded by", "apply": "applied by", "change": "changed by", "remove": "removed by"}
 _INTRO = """\
 One LoCon on the 350 modules that kohya trains as C3Lier, the same factors and shapes for all, each library used as its
-own documentation does and in a process of its own. Seconds, medians; in brackets multiples of a plain copy of the
-touched weights, timed beside each: compare these where the machine was not quiet. `peak` is the most anonymous memory
+own documentation does and in a process of its own. Seconds; in brackets multiples of a plain copy of the touched
+weights, timed beside each: compare these where the machine was not quiet. `peak` is the most anonymous memory
 over the loaded model, `held` what stays while the adapter is merged. `differ` is the share of elements with any other
 bit than the base after one apply and one removal, `by` the largest difference. `right` says whether the merged weights
 agree with sums in fp64, within the roundings of the dtype. The webui's built-in Lora is not here: it runs in the webui
@@ -52,7 +52,8 @@ def _all(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _ways(result: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{result['model']}, {result['threads']} threads, {result['rounds']} rounds."
+    how = "each step once" if result["rounds"] == 1 else f"medians of {result['rounds']} rounds"
+    yield f"{result['model']}, {result['threads']} threads, {how}."
     yield ""
     for way in result["ways"]:
         if not way["package"]:

@@ -66,8 +66,11 @@ def _head(results: Results) -> Iterator[str]:
         text=1 + len(distinct),
     )
     yield ""
-    rows = [[name, found["machine"]["date"], f"`{found['command']}`"] for name, found in results.items()]
-    yield from table(["measurement", "date", "command"], rows, text=3)
+    rows = [
+        [name, found["machine"]["date"], found["machine"].get("commit") or "–", f"`{found['command']}`"]
+        for name, found in results.items()
+    ]
+    yield from table(["measurement", "date", "commit", "command"], rows, text=4)
     yield ""
 
 
@@ -85,6 +88,7 @@ def _speed(results: Results) -> Iterator[str]:
     for name, title in (
         ("switch-other", "From another LoCon, whose base is kept already"),
         ("switch-base", "From the base: no adapter is merged before"),
+        ("switch-checkpoint", "From another LoCon, with the base in the checkpoint file (the webui's default)"),
         ("switch-sdxl", "SDXL, from another LoCon; no bars"),
     ):
         yield ""

@@ -91,6 +91,11 @@ def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: in
     return True
 
 
+def adds_products() -> bool:
+    """Whether `add_product` can do anything here and now."""
+    return _onednn() is not None and _by_rows() is not None and not _is_watched()
+
+
 def _add_by_rows(out: Tensor, base: Tensor, left: Tensor, transposed: Tensor, rows: int) -> None:
     # compiled as TorchScript: there is no other way yet to keep a loop out of Python. Its `zip` stops at the shortest,
     # whatever is said here; and torch 2.1 knows types by their old names only

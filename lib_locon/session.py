@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class Session:
         Raises PatchError when that fails anywhere; the model then has its base values, and no adapter.
         """
         state = self._state
-        with state.lock:  # one set after the other: hooks of one and weights of another are no set
+        with state.alone():  # one set after the other: hooks of one and weights of another are no set
             rounding = self.rounding
             asked = (self.side_path, rounding, *((id(use.adapter), use.strengths, use.dyn, use.name) for use in uses))
             last = state.last
@@ -130,8 +131,9 @@ class Session:
                 reports = tuple(use.report(found) for use, found in pairs)
                 findings = Findings()
                 merged, beside = self.side.split(plan, side=self.side_path, findings=findings)
-                for rival in list(state.rivals):
-                    state.engine.refuse_changed_by(rival.engine, merged)
+                for rival in state.rivals:
+                    if (other := rival()) is not None:
+                        state.engine.refuse_changed_by(other.engine, merged)
                 state.layers += [item.layer for found in matches for item in found.matched]
                 written = self.side.set(beside) + self.engine.apply(merged, rounding, findings)
             except BaseException:
@@ -144,7 +146,7 @@ class Session:
 
     def restore(self) -> None:
         """Gives the model its base values back, bit for bit, and takes every hook off."""
-        with self._state.lock:
+        with self._state.alone():
             self._state.last = None
             try:
                 self.side.clear()
@@ -194,16 +196,34 @@ class _State:
     """Those that may have factors on the model's device."""
     matches: weakref.WeakKeyDictionary[Adapter, Match] = field(default_factory=weakref.WeakKeyDictionary)
     lock: threading.RLock = field(default_factory=threading.RLock)
-    rivals: weakref.WeakSet[_State] = field(default_factory=weakref.WeakSet)
-    """Of other models that have modules of this one: a pipeline, and the UNet in it. They have one lock."""
+    rivals: tuple[weakref.ref[_State], ...] = ()
+    """Of other models that share weights with this one: a pipeline, and the UNet in it."""
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """With no change of this model, and of none that shares weights with it, in between."""
+        rivals = [rival for known in self.rivals if (rival := known()) is not None]
+        with ExitStack() as held:
+            for state in sorted([self, *rivals], key=id):  # one order for all: nobody waits for who waits for him
+                held.enter_context(state.lock)
+            yield
 
     def meet(self, others: Iterable[_State]) -> None:
-        """With all that were there before. To be called before it is used."""
+        """Makes all that share weights with it known to each other."""
         for other in others:
             if self.engine.shares(other.engine):
-                self.lock = other.lock
-                self.rivals.add(other)
-                other.rivals.add(self)
+                # others may be going through the old ones
+                self.rivals = (*self.rivals, weakref.ref(other))
+                other.rivals = (*other.rivals, weakref.ref(self))
+
+    def fits(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether the model is still what it was: others may have put other modules into it."""
+        return dict(self.table.shapes) == dict(shapes) and self.engine.is_of(model)
+
+    def end(self) -> None:
+        """Another takes its place."""
+        self.let_go()
+        self.engine.store.forget()
 
     def let_go(self, but: Collection[int] = ()) -> None:
         """Frees the factors on other devices of all layers but these (by id)."""
@@ -226,12 +246,12 @@ def _state_of(model: nn.Module) -> _State:
     shapes = logical_shapes(model)
     with _MAKING:
         state = _STATES.get(model)
-        if state is None or (
-            dict(state.table.shapes) != dict(shapes) and not (state.engine.active or state.side.active)
-        ):
-            table = TargetTable.of_shapes(shapes)
-            state = _State(table, Engine(model), SidePath(model, combine))
-            state.meet(_STATES.values())
-            _STATES[model] = state
-            weakref.finalize(model, state.let_go)  # its adapters may live on
+        if state is not None and (state.fits(model, shapes) or state.engine.active or state.side.active):
+            return state
+        if state is not None:
+            state.end()
+        state = _State(TargetTable.of_shapes(shapes), Engine(model), SidePath(model, combine))
+        state.meet(_STATES.values())
+        _STATES[model] = state
+        weakref.finalize(model, state.let_go)  # its adapters may live on
         return state

@@ -16,7 +16,7 @@ from lib_locon.files import pristine
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.patching import compute
 from lib_locon.patching.engine import Engine
-from lib_locon.patching.plan import Plan
+from lib_locon.patching.plan import Plan, make_plan
 from lib_locon.patching.store import BaseStore
 from tests.test_faults_low_rank import PATHS, compiled, products
 from tests.test_store import bits, checkpoint, randn, source_of, weights
@@ -149,10 +149,12 @@ def test_a_file_that_changes_between_two_rows(
 
         with monkeypatch.context() as changed:
             changed.setattr(CheckpointSource, "read_part", failing)
-            changed.setattr(CheckpointSource, "check", Checked(parts, moment))
-            changed.setattr(CheckpointSource, "read", Checked(parts, moment, CheckpointSource.read))
+            changed.setattr(CheckpointSource, "has_parts", lambda self, moment=moment: len(parts) <= moment)
+            changed.setattr(CheckpointSource, "read", Failing(parts, moment, CheckpointSource.read))
             with pytest.raises(PatchError, match="load the checkpoint again"):
                 engine.apply(wanted)
+            assert engine.active
+            assert not engine.unchanged()  # half of a sum is none
             for name, weight in model.named_parameters():
                 known = (weight == old[name]) | (weight == new[name]) | (weight == base[name])
                 assert known.all(), name
@@ -166,20 +168,97 @@ def test_a_file_that_changes_between_two_rows(
         assert weights(model) == fresh
 
 
-class Checked:
-    """In the place of what looks at the file, which fails from the moment on."""
+class Failing:
+    """In the place of what reads the file whole, which fails from the moment on."""
 
-    def __init__(self, parts: list[tuple[str, int]], moment: int, otherwise: Callable[..., None] | None = None) -> None:
+    def __init__(self, parts: list[tuple[str, int]], moment: int, otherwise: Callable[..., None]) -> None:
         self.parts, self.moment, self.otherwise = parts, moment, otherwise
 
     def __get__(self, source: CheckpointSource, _: object) -> Callable[..., None]:
-        def check(*args: object) -> None:
+        def read(*args: object) -> None:
             if len(self.parts) > self.moment:
                 raise FileError("it has changed")
-            if self.otherwise is not None:
-                self.otherwise(source, *args)
+            self.otherwise(source, *args)
 
-        return check
+        return read
+
+
+def test_a_file_that_fails_though_it_looks_as_it_was(
+    zoo: Zoo, patch: MakePatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum that needs the whole base is not begun; the checkpoint that is loaded then is the base."""
+    model = zoo()
+    engine = engine_of(model, tmp_path / "m.safetensors")
+    engine.apply(at(1.0, patch, model))
+    before = weights(model)
+
+    def failing(self: CheckpointSource, path: str, out: Tensor) -> None:
+        raise FileError("the drive is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(CheckpointSource, "read", failing)
+        broken.setattr(CheckpointSource, "read_part", lambda *_: failing)
+        whole = make_plan([patch("linear.weight", randn(8, 12), source="whole")])
+        with pytest.raises(PatchError, match="the drive is gone"):
+            engine._write("linear.weight", whole["linear.weight"], space=compute.Workspace())
+        assert weights(model) == before
+        model.load_state_dict(zoo(seed=5).state_dict())
+        engine.store.source = None
+        assert engine.apply({}) == 0
+        assert not engine.active
+        assert weights(model) == weights(zoo(seed=5))
+
+
+def test_a_weight_that_was_left_half_written_is_written_once_more(
+    zoo: Zoo, patch: MakePatch, parts: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drive comes back: what was lost is there again."""
+    model = zoo()
+    base, engine = weights(model), engine_of(model, tmp_path / "m.safetensors")
+    engine.apply(at(1.0, patch, model))
+    reading = CheckpointSource.read_part
+
+    def failing(self: CheckpointSource, name: str, first: int, out: Tensor) -> None:
+        if first:
+            raise FileError("the drive is gone")
+        reading(self, name, first, out)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(CheckpointSource, "read_part", failing)
+        broken.setattr(CheckpointSource, "read", Failing(parts, 0, CheckpointSource.read))
+        with pytest.raises(PatchError, match="load the checkpoint again"):
+            engine.apply(at(0.5, patch, model))
+    assert weights(model) != base
+    engine.apply({})
+    assert weights(model) == base
+    assert not engine.active
+
+
+def test_a_profiler_that_comes_in_the_middle_changes_nothing(
+    zoo: Zoo, patch: MakePatch, parts: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then torch's one call for a product refuses."""
+    model, reference = zoo(torch.float16), zoo(torch.float16)
+    engine, plain = engine_of(model, tmp_path / "m.safetensors"), Engine(reference)
+    engine.apply(at(1.0, patch, model))
+    plain.apply(at(0.5, patch, reference))
+    monkeypatch.setattr(compute, "add_product", lambda *_: False)
+    engine.apply(at(0.5, patch, model))
+    assert parts
+    for path in PATHS:
+        found, wanted = model.get_parameter(path), reference.get_parameter(path)
+        assert torch.allclose(found, wanted, rtol=2e-3, atol=1e-6), path  # another product: the last bit
+
+
+def test_a_cast_is_looked_at_in_each_dtype(tmp_path: Path) -> None:
+    """A NaN has no fixed bits after a cast; where nothing is cast it has its own."""
+    numbers = randn(6, 7)
+    numbers[2, 3] = torch.nan
+    source = source_of(checkpoint(tmp_path / "m.safetensors", {"w": numbers}))
+    source.read("w", torch.empty(6, 7))
+    for _ in range(2):
+        with pytest.raises(FileError, match="NaN"):
+            source.read("w", torch.empty(6, 7, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["each at its place", "one position"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lib_locon
 from lib_locon import PatchError, Session, Use
 from lib_locon.families.ia3 import IA3
-from lib_locon.patching import compute, storage
+from lib_locon.patching import compute, places, storage
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Plan, make_plan
 
@@ -189,3 +189,127 @@ def test_each_weight_is_looked_at_once_in_a_change(
     looks.clear()
     session.apply(uses)  # another change looks anew
     assert looks == [(model["one"], "weight"), (model["other"], "weight")]
+
+
+def test_two_parts_and_the_whole_of_them_wait_for_each_other(write_adapter: WriteAdapter, tmp_path: Path) -> None:
+    """The whole comes last, as a pipeline does after its parts."""
+    parts = [nn.ModuleDict({"linear": nn.Linear(6, 6)}) for _ in range(2)]
+    sessions = [Session(part) for part in parts]
+    whole = Session(nn.ModuleDict({"unet": parts[0], "text_encoder": parts[1]}))
+    kept = whole.table  # and its model is kept by nobody: the parts are
+    assert kept is not None
+    uses = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))]
+    for session in sessions:
+        done = threading.Event()
+        with whole._state.alone():
+            thread = threading.Thread(target=lambda session=session, done=done: (session.apply(uses), done.set()))
+            thread.start()
+            assert not done.wait(0.1)
+        thread.join()
+        assert done.is_set()
+
+
+def test_a_parameter_outlives_one_of_its_modules(patch: MakePatch) -> None:
+    model = nn.ModuleDict({"one": nn.Linear(6, 6, bias=False), "other": nn.Linear(6, 6, bias=False)})
+    model["other"].weight = nn.init.zeros_(model["one"].weight)
+    engine = Engine(model)
+    engine.apply(plan_of(patch, model, "one.weight"))
+    model["one"] = nn.Linear(6, 6, bias=False)
+    engine.restore()
+    assert (model["other"].weight == 0).all()
+    assert not engine.active
+
+
+def test_a_weight_that_another_module_took_over_is_not_forgotten(patch: MakePatch) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(6, 6, bias=False)})
+    engine = Engine(model)
+    engine.apply(plan_of(patch, model, "linear.weight"))
+    taken = nn.Module()
+    taken.inner = nn.ParameterList([model["linear"].weight])
+    model["linear"] = taken
+    with pytest.raises(PatchError, match=r"linear.weight.*is gone"):
+        engine.restore()
+
+
+def test_what_was_two_parameters_may_be_one_and_the_other_way_round(patch: MakePatch) -> None:
+    model = nn.ModuleDict({"one": nn.Linear(6, 6, bias=False), "other": nn.Linear(6, 6, bias=False)})
+    for weight in (model["one"].weight, model["other"].weight):
+        nn.init.zeros_(weight)
+    engine, apart = Engine(model), model["other"].weight
+    both = make_plan(patch(path, torch.ones(6, 6), source=path) for path in ("one.weight", "other.weight"))
+    model["other"].weight = model["one"].weight
+    assert engine.apply(both) == 1
+    assert (model["one"].weight == 2).all()
+    engine.restore()
+    engine = Engine(model)
+    model["other"].weight = apart
+    assert engine.apply(both) == 2
+    assert (model["one"].weight == 1).all()
+    assert (apart == 1).all()
+    engine.restore()
+    assert (model["one"].weight == 0).all()
+    assert (apart == 0).all()
+
+
+def test_a_module_that_was_replaced_is_said_and_a_new_session_knows_the_new_one(
+    write_adapter: WriteAdapter, tmp_path: Path
+) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(6, 6), "other": nn.Linear(6, 6)})
+    base = model["other"].weight.detach().clone()
+    session, uses = Session(model), [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear", "other"))]
+    session.apply(uses)
+    model["linear"] = nn.Linear(6, 6)
+    fresh = model["linear"].weight.detach().clone()
+    with pytest.raises(PatchError, match=r"linear.weight.*is gone; make a new Session"):
+        session.apply(uses)
+    assert torch.equal(model["other"].weight, base)
+    assert not session.active
+    assert Session(model).apply(uses).written == 2
+    assert torch.equal(model["linear"].weight, fresh + 1)
+    Session(model).restore()
+    assert torch.equal(model["linear"].weight, fresh)
+    assert torch.equal(model["other"].weight, base)
+
+
+def test_a_checkpoint_loaded_into_a_part_is_no_adapter_to_the_whole(
+    write_adapter: WriteAdapter, tmp_path: Path
+) -> None:
+    part = nn.ModuleDict({"linear": nn.Linear(6, 6)})
+    whole = nn.ModuleDict({"unet": part})
+    uses = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear", "unet.linear"))]
+    first = Session(part)
+    first.apply(uses)
+    part.load_state_dict({"linear.weight": torch.zeros(6, 6), "linear.bias": torch.zeros(6)})
+    second = Session(whole)
+    assert second.apply(uses).written == 1
+    assert (part["linear"].weight == 1).all()
+    second.apply([])
+    assert (part["linear"].weight == 0).all()
+    assert not first.active
+
+
+def test_models_that_share_a_parameter_only_know_of_each_other(write_adapter: WriteAdapter, tmp_path: Path) -> None:
+    one, other = (nn.ModuleDict({"linear": nn.Linear(6, 6)}) for _ in range(2))
+    other["linear"].weight = one["linear"].weight
+    uses = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))]
+    Session(one).apply(uses)
+    with pytest.raises(PatchError, match="for another model"):
+        Session(other).apply(uses)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_overlaps_is_told_by_memory_and_found_among_many(device: str) -> None:
+    """`w2` begins in `w0`, and ends before `w1`, which lies between the two and shares nothing with it."""
+    memory = torch.zeros(12, 8, device=device)
+    weights = {"w0": memory[:, :5], "w1": memory[:, 5:], "w2": memory[6:, :2], "empty": memory[:0]}
+    if device == "meta":  # as on a GPU whose addresses are not those of memory
+        places.refuse_overlaps(weights)
+        return
+    with pytest.raises(PatchError, match="w0 and w2 are two parameters"):
+        places.refuse_overlaps(weights)
+    places.refuse_overlaps({name: weight for name, weight in weights.items() if name != "w2"})
+    with pytest.raises(PatchError, match="w0 and w3 are"):  # of another dtype: not looked at any closer
+        places.refuse_overlaps({"w0": weights["w0"], "w3": memory.view(torch.int16)[:, 12:]})
+    rows = memory.expand(3, 12, 8)
+    with pytest.raises(PatchError):
+        places.refuse_overlaps({"w0": weights["w0"], "w4": rows})

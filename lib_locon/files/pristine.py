@@ -36,6 +36,7 @@ SETTLED = 2_000_000_000
 with no change of its time."""
 
 
+AT_MOST = 1 << 30  # bytes: macOS refuses to read 2 GiB and more at once
 _AT_ONCE = hasattr(os, "preadv")
 """Whether several threads can read from one handle, each at a place of its own: not on Windows."""
 
@@ -68,8 +69,8 @@ class CheckpointSource:
         self.path: Path = file.path.absolute()  # the host may change its directory
         self._entries: Mapping[str, Entry] = {p: file.entries[key] for p, key in names.items() if key in file.entries}
         self._lock = threading.Lock()
-        self._sound: set[str] = set()
-        """Weights that were read: what is looked for in a cast cannot come later, for the file stays the same."""
+        self._sound: set[tuple[str, torch.dtype]] = set()
+        """What was read so before: what is looked for in a cast cannot come later, for the file stays the same."""
         self._held: FileIO | None = None
         opened = self._open()
         try:
@@ -91,17 +92,19 @@ class CheckpointSource:
             raise FileError("the checkpoint file has no such weight")
         if entry.shape != tuple(out.shape):
             raise FileError("the checkpoint file has the weight in another shape")
-        self._read(entry, 0, out, checked=path in self._sound)
-        self._sound.add(path)
+        self._read(entry, 0, out, checked=(path, out.dtype) in self._sound)
+        self._sound.add((path, out.dtype))
 
     def read_part(self, path: str, first: int, out: Tensor) -> None:
-        """Some of its numbers, from number `first` on; of a weight that was read before. As `read`."""
+        """Some of its numbers, from number `first` on; of a weight that was read in this dtype before. As `read`."""
         self._read(self._entries[path], first, out, checked=True)
 
-    def check(self) -> None:
-        """Raises FileError where the file is not what it was, and cannot be read back any more."""
-        with self._opened() as file:
-            self._check(file)
+    def has_parts(self) -> bool:
+        """Whether parts can be read without opening the file for each, and it is what it was."""
+        try:
+            return self._held is not None and _Identity.of(self._held) == self._identity
+        except OSError:
+            return False
 
     def unchanged(self) -> bool:
         """Whether the name still stands for the same file, unwritten, and a write from now on would show in its time.
@@ -175,7 +178,7 @@ def _fill(file: FileIO, start: int, out: Tensor) -> None:
     done = 0
     while done < len(view):
         if _AT_ONCE:
-            count = os.preadv(file.fileno(), [view[done:]], start + done)
+            count = os.preadv(file.fileno(), [view[done : done + AT_MOST]], start + done)
         else:
             file.seek(start + done)
             count = file.readinto(view[done:]) or 0

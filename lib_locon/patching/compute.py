@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import add_product, exact_arithmetic, matrix, product_adder, working_dtype
+from lib_locon.arithmetic import add_product, adds_products, exact_arithmetic, matrix, product_adder, working_dtype
 from lib_locon.models.targets import View
 from lib_locon.patching.memory import allocate
 from lib_locon.patching.plan import Adder, LowRank, Patch
@@ -95,15 +95,26 @@ def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Worksp
     return watch.extremes()
 
 
-def write_from_file(out: Tensor, base: ReadBack, patches: Sequence[Patch], space: Workspace) -> bool:
-    """As `write_sum`, with a base that is read by rows as the sum needs them: it never leaves the processor's cache.
+def only_product(out: Tensor, patches: Sequence[Patch], space: Workspace) -> tuple[Tensor, Tensor] | None:
+    """Up and down in fp32, where the sum is the base and their product, no number can overflow, and torch makes it in
+    one call: so that no more is needed of the base at a time than some rows."""
+    if working_dtype(out) != torch.float32 or not adds_products() or _Watch(out, out, patches).needed:
+        return None
+    products = []
+    for patch in patches:
+        factors = patch.delta.low_rank(out.device) if patch.view == View(patch.view.path) else None
+        if factors is None:
+            return None
+        products.append((factors, patch.strength))
+    up, down = _side_by_side(products, out, space, 0)
+    return (up, down) if (len(up), down.shape[1]) == matrix(out).shape else None
 
-    `out` is contiguous, on the CPU, and has the dtype of the base. Without patches it gets the base. False, and nothing
-    is written, where more is needed than a product of ranks that cannot overflow. Raises BaseLost.
+
+def write_from_file(out: Tensor, base: ReadBack, product: tuple[Tensor, Tensor] | None, space: Workspace) -> None:
+    """out ← base (+ up · down), with a base that is read by rows: it never leaves the processor's cache.
+
+    As `write_sum`; `out` is contiguous, on the CPU, and has the dtype of the base. Raises BaseLost.
     """
-    product = _only_product(out, patches, space)
-    if product is None and patches:
-        return False
     target = matrix(out)
     step = max(1, TILE // target.shape[1])
     for start in range(0, len(target), PART * step):
@@ -111,22 +122,11 @@ def write_from_file(out: Tensor, base: ReadBack, patches: Sequence[Patch], space
         pristine = base.read_rows(start, space.take("pristine", tuple(rows.shape), rows.dtype, rows.device))
         if product is None:
             rows.copy_(pristine)
-        elif not add_product(rows, pristine, product[0][start : start + len(rows)], product[1], step):
-            return False  # at the first
-    return True
-
-
-def _only_product(out: Tensor, patches: Sequence[Patch], space: Workspace) -> tuple[Tensor, Tensor] | None:
-    """Up and down where the sum is the base and their product, and nothing needs to be looked at."""
-    products = []
-    for patch in patches:
-        factors = patch.delta.low_rank(out.device) if patch.view == View(patch.view.path) else None
-        if factors is None:
-            return None
-        products.append((factors, patch.strength))
-    if not products or _Watch(out, out, patches).needed:
-        return None
-    return _side_by_side(products, out, space, 0)
+        else:
+            up, down = product
+            left = up[start : start + len(rows)]
+            if not add_product(rows, pristine, left, down, step):  # a profiler came meanwhile
+                rows.copy_(torch.addmm(pristine.float(), left, down))
 
 
 def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:

@@ -18,6 +18,7 @@ from lib_locon.errors import PatchError
 from lib_locon.patching.compute import (
     Workspace,
     exact_sums,
+    only_product,
     overflowing,
     overflows,
     patched,
@@ -26,8 +27,8 @@ from lib_locon.patching.compute import (
 )
 from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held, keys
-from lib_locon.patching.parameters import Parameters
-from lib_locon.patching.places import beside, may_run_on, refuse_overlaps
+from lib_locon.patching.parameters import ModuleGone, Parameters
+from lib_locon.patching.places import may_run_on, on_its_device, refuse_overlaps
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.readback import BaseLost
 from lib_locon.patching.rounding import Rounding, write_one_by_one
@@ -55,7 +56,7 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = Parameters(model, partial(_forget_gone, weakref.ref(self)))
+        self._weights = Parameters(model, partial(_forget_gone, weakref.ref(self)))
         self.store = BaseStore()
         self._held: dict[str, Held] = {}
         self._lock = threading.RLock()
@@ -78,18 +79,27 @@ class Engine:
     def unchanged(self) -> bool:
         """Whether every weight still holds what was last written into it, and nothing was left half done."""
         with self._own():
+            there = self._weights.found(self._held)
             return all(
-                held.patches is not None and held.untouched(self._model.weight(p)) for p, held in self._held.items()
+                held.patches is not None and path in there and held.untouched(there[path])
+                for path, held in self._held.items()
             )
 
     def shares(self, other: Engine) -> bool:
         """Whether the two may write the same weights: of a model, and of a part of it."""
-        return self._model.shares(other._model)
+        return self._weights.shares(other._weights)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model has the modules that it had when this was made."""
+        return self._weights.are_of(model)
 
     def refuse_changed_by(self, other: Engine, plan: Plan) -> None:
         """Raises PatchError where a weight of the plan holds what another engine wrote: it is not the base."""
-        theirs = {id(weight) for weight in other._model.found(list(other._held)).values()}
-        for path, weight in self._model.found(plan).items():
+        with other._own():
+            other._findings = Findings()
+            other._accept_outside_writes()
+            theirs = {id(weight) for weight in other._weights.found(other._held).values()}
+        for path, weight in self._weights.found(plan).items():
             if id(weight) in theirs:
                 raise PatchError(f"{path} holds an adapter of a Session for another model, which shares this weight; "
                                  "take it off there first, or use one Session for both")  # fmt: skip
@@ -105,10 +115,11 @@ class Engine:
             self._settle()
             self._findings = findings or Findings()
             self._accept_outside_writes()
-            plan = self._model.untied(plan)
+            plan = self._weights.untied(plan)
             wanted = {path: keys(patches, rounding) for path, patches in plan.items()}
-            held = {path: entry.keys for path, entry in self._held.items()}
-            changed = [path for path in {**held, **wanted} if path not in held or held[path] != wanted.get(path)]
+            held = {path: self._held[path].keys for path in self._weights.found(self._held)}
+            # no keys: written in part, or its module is gone; to be done, or said, in any case
+            changed = [p for p in {**self._held, **wanted} if held.get(p) is None or held[p] != wanted.get(p)]
             if not changed:
                 return 0
             try:
@@ -166,10 +177,13 @@ class Engine:
         try:
             self._write(path, ())
         except BaseLost as error:
-            failed[path] = error  # nothing was written
+            failed[path] = error
+        except ModuleGone as error:
+            failed[path] = error
+            self._forget(path)  # said once: nothing can be done about it
         except Exception as error:  # noqa: BLE001  the others must get their base back, whatever is wrong with this one
-            weight = self._model.weight(path)
-            base = beside(weight, self.store.save(path, weight))
+            weight = self._weights.weight(path)
+            base = on_its_device(weight, self.store.save(path, weight))
             if base.dtype == weight.dtype and same_bits(weight.detach(), base):
                 self._forget(path)  # it cannot be written, and never was
             else:
@@ -181,15 +195,20 @@ class Engine:
         Where the tensor is another but the numbers are those that we wrote (a conversion that replaces parameters), it
         is still ours.
         """
-        for path, entry in list(self._held.items()):
-            weight = self._model.weight(path)
-            if entry.untouched(weight) or entry.patches is None:
+        there = self._weights.found(self._held)
+        for path, weight in there.items():
+            entry = self._held[path]
+            if entry.untouched(weight):
                 continue
             try:
-                base = beside(weight, self.store.save(path, weight))
+                base = on_its_device(weight, self.store.save(path, weight))
             except BaseLost:
                 if entry.weight == id(weight) and not weight.is_inference():
                     self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
+                continue
+            if entry.patches is None:  # what it was left with is nothing that could be known again
+                if entry.weight == id(weight):
+                    self._forget(path)
                 continue
             ours = torch.empty_like(base, dtype=entry.dtype)
             with exact_sums(base.device.type):
@@ -202,7 +221,7 @@ class Engine:
     def _write_all(self, paths: Sequence[str], plan: Plan, rounding: Rounding) -> None:
         """Writes these weights: those that get their base back, then those that two workers may. Raises _Failed."""
         extremes: dict[str, Tensor | None] = {}
-        weights = self._model.found((*paths, *plan))
+        weights = self._weights.found((*paths, *plan))
         refuse_overlaps({path: weight for path, weight in weights.items() if path in plan})
         devices = {weight.device.type for weight in weights.values()}
         self.generation += 1
@@ -243,12 +262,12 @@ class Engine:
         return weight is not None and weight.is_cpu and self._can_hold(path)
 
     def _can_hold(self, path: str) -> bool:
-        return self._findings.cannot_hold(*self._model.owner(path)) is None
+        return self._findings.cannot_hold(*self._weights.owner(path)) is None
 
     def _write(
         self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
     ) -> Tensor | None:
-        weight = self._model.weight(path)
+        weight = self._weights.weight(path)
         extremes: Tensor | None = None
         with _writing(weight):
             if not self._write_from_file(path, weight, patches, rounding, space):
@@ -256,7 +275,9 @@ class Engine:
                 # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
                 self._held[path] = Held.by(weight, None, rounding)
                 if patches:
-                    extremes = self._write_sum(path, weight.detach(), beside(weight, base), patches, rounding, space)
+                    extremes = self._write_sum(
+                        path, weight.detach(), on_its_device(weight, base), patches, rounding, space
+                    )
                 else:
                     weight.copy_(base, non_blocking=may_run_on(weight, base))
         if patches:
@@ -269,20 +290,19 @@ class Engine:
         self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
     ) -> bool:
         """Whether it was done by reading the base where it is needed, and no more of it at a time than that."""
-        if space is None or rounding != "exact" or not self._can_hold(path):
+        if space is None or rounding != "exact" or not (weight.is_cpu and weight.ndim and weight.is_contiguous()):
             return False
-        if not (weight.is_cpu and weight.ndim and weight.is_contiguous()):
-            return False
-        base = self.store.readable(path, weight)
-        if base is None:
+        base = self.store.readable(path, weight) if self._can_hold(path) else None
+        product = only_product(weight.detach(), patches, space) if base is not None and patches else None
+        if base is None or (patches and product is None):
             return False
         self._held[path] = Held.by(weight, None, rounding)
         try:
-            return write_from_file(weight.detach(), base, patches, space)
+            write_from_file(weight.detach(), base, product, space)
         except BaseLost:
-            # partly written: what it holds is nothing to come back to, and what is loaded into it is another base
-            self._held[path] = Held.by(weight, (), rounding)
+            self._held[path] = Held.by(weight, None, rounding, abandoned=True)
             raise
+        return True
 
     def _write_sum(
         self,
@@ -300,7 +320,7 @@ class Engine:
         if self._can_hold(path):
             write = write_sum if rounding == "exact" else write_one_by_one
             return write(out, base, patches, space)
-        module, name = self._model.owner(path)
+        module, name = self._weights.owner(path)
         total, extremes = patched(decode(module, name, base), patches, torch.float32)
         if extremes is not None and overflows(extremes, torch.float32):
             raise OverflowError("at these strengths its numbers are beyond fp32")
@@ -309,12 +329,12 @@ class Engine:
 
     def _overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
         """The first of these weights whose sum its dtype cannot hold; "" for none. Waits for a GPU once, at the end."""
-        noted = {p: (seen, self._model.weight(p).dtype) for p, seen in extremes.items() if seen is not None}
+        noted = {p: (seen, self._weights.weight(p).dtype) for p, seen in extremes.items() if seen is not None}
         return next(filter(self._has_finite_base, overflowing(noted)), "")
 
     def _has_finite_base(self, path: str) -> bool:
         # a checkpoint that has NaN in it was so before: not the adapter's doing, and no reason to refuse it
-        return bool(torch.isfinite(self.store.save(path, self._model.weight(path)).float()).all())
+        return bool(torch.isfinite(self.store.save(path, self._weights.weight(path)).float()).all())
 
     def _forget(self, path: str, forget: Callable[[str], None] | None = None) -> None:
         # the copy first: interrupted in between, the weight counts as held and is looked at again; the other way round
@@ -324,13 +344,14 @@ class Engine:
         self._held.pop(path, None)
 
 
-def _forget_gone(engine: weakref.ref[Engine], paths: Sequence[str]) -> None:
-    """Nobody will ask for the base of these weights any more."""
+def _forget_gone(engine: weakref.ref[Engine]) -> None:
+    """Nobody will ask for the base of any weight any more."""
+    # at any moment: others may be going through what is replaced here
     alive = engine()
     if alive is not None:
-        for path in paths:
-            alive.store.lose(path)
-            alive._held.pop(path, None)
+        alive.store.forget()
+        alive._held = {}
+        alive.generation += 1
 
 
 def _writing(weight: Tensor) -> AbstractContextManager[object]:

@@ -28,11 +28,15 @@ class Held:
     version: object
     dtype: torch.dtype
     rounding: Rounding
+    abandoned: bool = False
+    """Written in part, and left so, for its base was lost meanwhile: whatever is written into it next is its base."""
 
     @classmethod
-    def by(cls, weight: Tensor, patches: tuple[Patch, ...] | None, rounding: Rounding) -> Held:
+    def by(
+        cls, weight: Tensor, patches: tuple[Patch, ...] | None, rounding: Rounding, *, abandoned: bool = False
+    ) -> Held:
         """As the weight is now."""
-        return cls(patches, id(weight), _version(weight), weight.dtype, rounding)
+        return cls(patches, id(weight), _version(weight), weight.dtype, rounding, abandoned)
 
     @property
     def keys(self) -> tuple[object, ...] | None:
@@ -45,7 +49,9 @@ class Held:
         torch counts the writes into a tensor; moves between devices and dtypes are no writes. The weight is known by
         its id: a reference, weak ones too, would keep torch from swapping tensors in `.to()`.
         """
-        return self.patches is None or (self.weight == id(weight) and self.version == _version(weight))
+        if self.patches is None and not self.abandoned:
+            return True  # the writes are ours
+        return self.weight == id(weight) and self.version == _version(weight)
 
     def is_still_in(self, weight: Tensor, ours: Tensor, base: Tensor) -> bool:
         """Whether the weight, or another in its place, holds what was written, which `ours` makes once more.

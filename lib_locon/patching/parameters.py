@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 
@@ -19,27 +19,39 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model if inner is None else inner
 
 
+class ModuleGone(PatchError):
+    """A module of the model is no more, and nobody knows what became of its weights."""
+
+
 class Parameters:
     """Looked up anew each time: `.to()` and load_state_dict may put another tensor in a parameter's place.
 
     Holds no module alive, so that whoever keeps something for each model does not keep the models by it.
     """
 
-    def __init__(self, model: nn.Module, gone: Callable[[Sequence[str]], None]) -> None:
-        """`gone` is called when a module is no more, with the paths of its parameters."""
-        self._owners: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
+    def __init__(self, model: nn.Module, gone: Callable[[], None]) -> None:
+        """`gone` is called when nothing is left: neither the model nor any of its modules that have parameters."""
+        self._owners: dict[str, list[tuple[weakref.ref[nn.Module], str]]] = {}
+        """By path, of all modules that had the same parameter when the model was seen: the one of that path first."""
         self._tied: dict[str, str] = {}
+        living: list[None] = [None]
+        gone_too = partial(_count_down, living, gone)
+        self._model = weakref.ref(model, gone_too)
         first: dict[int, str] = {}
         for prefix, module in model.named_modules():
-            names = {f"{prefix}.{name}" if prefix else name: name for name in module._parameters}
-            owner = weakref.ref(module, partial(_tell, gone, tuple(names)))
-            for path, name in names.items():
-                self._owners[path] = (owner, name)
-                # one parameter under several names has one base: it goes by the first
-                self._tied[path] = first.setdefault(id(module._parameters[name]), path)
+            if module._parameters:
+                living.append(None)
+            owner = weakref.ref(module, gone_too)
+            for name, weight in module._parameters.items():
+                path = f"{prefix}.{name}" if prefix else name
+                self._owners[path] = [(owner, name)]
+                # one parameter under several names has one base: it goes by the first, as long as any of them lives
+                self._tied[path] = path if weight is None else first.setdefault(id(weight), path)
+                if self._tied[path] != path:
+                    self._owners[self._tied[path]].append((owner, name))
 
     def weight(self, path: str) -> Tensor:
-        """Raises PatchError where its module is gone, and as the module does where it has no such parameter."""
+        """Raises ModuleGone, and as the module does where it has no such parameter."""
         module, name = self.owner(path)
         weight = module._parameters.get(name)  # as a rule; `getattr` of a module takes five times as long
         if weight is None:
@@ -47,12 +59,12 @@ class Parameters:
         return weight
 
     def owner(self, path: str) -> tuple[nn.Module, str]:
-        """The module that holds the parameter, and its name there. Raises PatchError where that is gone."""
-        reference, name = self._owners[path]
-        module = reference()
-        if module is None:
-            raise PatchError(f"the module that held {path} is gone; make a new Session for the model")
-        return module, name
+        """A module that holds the parameter, and its name there. Raises ModuleGone."""
+        for reference, name in self._owners[path]:
+            module = reference()
+            if module is not None:
+                return module, name
+        raise ModuleGone(f"the module that held {path} is gone; make a new Session for the model")
 
     def found(self, paths: Iterable[str]) -> dict[str, Tensor]:
         """Those of them that are there."""
@@ -62,19 +74,41 @@ class Parameters:
                 found[path] = self.weight(path)
         return found
 
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether the model still has the modules that it had, at their places."""
+        now = {
+            f"{prefix}.{name}" if prefix else name: module
+            for prefix, module in model.named_modules()
+            for name in module._parameters
+        }
+        return now == {path: owners[0][0]() for path, owners in self._owners.items()}
+
     def shares(self, other: Parameters) -> bool:
-        """Whether both models have a module in common: one of them may be a part of the other."""
-        mine = {owner() for owner, _ in self._owners.values()} - {None}
-        return any(owner() in mine for owner, _ in other._owners.values())
+        """Whether both models have a module or a parameter in common: one of them may be a part of the other."""
+        return not self._objects().isdisjoint(other._objects())
+
+    def _objects(self) -> set[int]:
+        modules = {id(module) for owners in self._owners.values() if (module := owners[0][0]()) is not None}
+        return modules | {id(weight) for weight in self.found(self._owners).values()}
 
     def untied(self, plan: Plan) -> Plan:
         """With one name for each parameter: all that is to be done to it in one place."""
         merged: dict[str, tuple[Patch, ...]] = {}
+        weights = self.found(plan)
+        first: dict[int, str] = {}
         for path, patches in plan.items():
-            first = self._tied.get(path, path)
-            merged[first] = (*merged.get(first, ()), *patches)
+            name = self._tied.get(path, path)
+            weight = weights.get(path)
+            if weight is not None:  # what was one parameter may be two by now, and two may be one
+                if name != path and self.weight(name) is not weight:
+                    name = path
+                name = first.setdefault(id(weight), name)
+            merged[name] = (*merged.get(name, ()), *patches)
         return merged
 
 
-def _tell(gone: Callable[[Sequence[str]], None], paths: Sequence[str], _: object) -> None:
-    gone(paths)
+def _count_down(living: list[None], gone: Callable[[], None], _: object) -> None:
+    # called by whoever frees a module, the garbage collector too, in any thread and at any line
+    living.pop()
+    if not living:
+        gone()

@@ -16,8 +16,8 @@ def may_run_on(weight: Tensor, base: Tensor) -> bool:
     return weight.is_cuda and not base.is_cuda and base.is_pinned()
 
 
-def beside(weight: Tensor, base: Tensor) -> Tensor:
-    """`base` on the weight's device."""
+def on_its_device(weight: Tensor, base: Tensor) -> Tensor:
+    """`base` where the weight is."""
     return base if base.device == weight.device else base.to(weight.device, non_blocking=may_run_on(weight, base))
 
 
@@ -26,22 +26,27 @@ def refuse_overlaps(weights: Mapping[str, Tensor]) -> None:
 
     Not for one parameter under several names, which is one weight.
     """
-    ends: dict[torch.device, tuple[int, str]] = {}
+    begun: dict[torch.device, list[tuple[int, str]]] = {}
     for first, last, path in sorted(_spans(weights)):
-        device = weights[path].device
-        end, other = ends.get(device, (0, ""))
-        if first < end and _share_numbers(weights[path], weights[other]):
-            raise PatchError(f"{other} and {path} are two parameters over the same memory, and both are to be changed; "
-                             "make them one parameter")  # fmt: skip
-        ends[device] = max((end, other), (last, path))
+        weight = weights[path]
+        open_ones = [(end, other) for end, other in begun.get(weight.device, ()) if end > first]
+        for _, other in open_ones:
+            if _share_numbers(weight, weights[other]):
+                raise PatchError(
+                    f"{other} and {path} are two parameters over the same memory, and both are to be changed; "
+                    "make them one parameter"
+                )
+        begun[weight.device] = [*open_ones, (last, path)]
 
 
 def _spans(weights: Mapping[str, Tensor]) -> Iterator[tuple[int, int, str]]:
-    """The first address of each and the one after its last; not of those whose numbers have no address of their own."""
+    """The first address of each and the one after its last, where that says where its numbers are."""
     for path, weight in weights.items():
-        if type(weight) in (Tensor, torch.nn.Parameter) and not weight.is_meta and weight.numel():
+        # elsewhere (MPS, XLA) a tensor's address may be that of something that stands for its memory
+        if weight.device.type in ("cpu", "cuda") and type(weight) in (Tensor, torch.nn.Parameter) and weight.numel():
             start = weight.data_ptr()
-            yield start, start + _extent(weight) * weight.element_size(), path
+            if start:
+                yield start, start + _extent(weight) * weight.element_size(), path
 
 
 def _extent(weight: Tensor) -> int:
@@ -53,14 +58,15 @@ def _extent(weight: Tensor) -> int:
 
 def _share_numbers(one: Tensor, other: Tensor) -> bool:
     """Of two whose spans overlap: columns of one matrix may lie between each other, and share none."""
-    if one.is_contiguous() and other.is_contiguous():
+    size = one.element_size()
+    if (one.is_contiguous() and other.is_contiguous()) or size != other.element_size() or 0 in one.stride():
         return True
-    return bool(torch.isin(_addresses(one), _addresses(other)).any())
+    begin = min(one.data_ptr(), other.data_ptr())
+    end = max(weight.data_ptr() + _extent(weight) * size for weight in (one, other))
+    taken = torch.zeros((end - begin) // size, dtype=torch.bool, device="cpu")
 
+    def places(weight: Tensor) -> Tensor:
+        return taken.as_strided(weight.shape, weight.stride(), (weight.data_ptr() - begin) // size)
 
-def _addresses(weight: Tensor) -> Tensor:
-    """Of each number, in bytes."""
-    at = torch.tensor(weight.data_ptr())
-    for size, stride in zip(weight.shape, weight.stride(), strict=True):
-        at = at[..., None] + torch.arange(size) * (stride * weight.element_size())
-    return at.flatten()
+    places(one).fill_(True)
+    return bool(places(other).any())

@@ -14,7 +14,8 @@ from lib_locon.patching.memory import Scratch
 
 
 class BaseLost(PatchError):
-    """The pristine value of a weight cannot be read back any more; nothing wrong was written."""
+    """The pristine value of a weight cannot be read back any more. Nothing wrong was written: what the weight holds is
+    the sum before, or by rows that or the new one."""
 
 
 class PristineSource(Protocol):
@@ -36,8 +37,8 @@ class PristineSource(Protocol):
         """Whether the file is there as it was, so that another weight may rely on it."""
         ...
 
-    def check(self) -> None:
-        """Raises FileError where weights that rely on the file cannot be read any more."""
+    def has_parts(self) -> bool:
+        """Whether parts are quickly read, and the file is what it was."""
         ...
 
 
@@ -63,14 +64,6 @@ class ReadBack:
         out = scratch.lend(self.shape, self.dtype)
         self.source.read(self.path, out)
         return out
-
-    def is_there(self) -> bool:
-        """Whether it can be read, as far as can be seen without reading."""
-        try:
-            self.source.check()
-        except FileError:
-            return False
-        return True
 
     def read_rows(self, start: int, out: Tensor) -> Tensor:
         """Fills `out`, some rows of the weight as a matrix, from row `start` on, and returns it. Raises BaseLost: what

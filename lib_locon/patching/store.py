@@ -107,7 +107,12 @@ class BaseStore:
         """The pristine value of a weight by rows, for who needs no more of it at a time; None where it is no file's, or
         can be had by `save` only. For a weight that `save` was called for."""
         read = self._reads.get(path)
-        if read is None or read.shape != tuple(weight.shape) or read.dtype != weight.dtype or not read.is_there():
+        if (
+            read is None
+            or read.shape != tuple(weight.shape)
+            or read.dtype != weight.dtype
+            or not read.source.has_parts()
+        ):
             return None
         return read
 
@@ -136,10 +141,10 @@ class BaseStore:
         self._reasons.pop(path, None)
         self._free_if_idle()
 
-    def lose(self, path: str) -> None:
-        """Forgets a weight that is no more."""
-        self.drop(path)
-        self._unused.pop(path, None)
+    def forget(self) -> None:
+        """All of it: the model is no more. Whoever is going through what was kept goes on with that."""
+        self._copies, self._unused, self._reads, self._reasons = {}, {}, {}, {}
+        self._scratch.free()
 
     def keep(self, paths: Collection[str]) -> None:
         """Forgets all other weights, and gives unused copies back."""
