@@ -21,7 +21,7 @@ IN_THE_WEBUI = ["lib_locon", "scripts", "install.py", "extensions_builtin_shim/L
 """What runs under the webui's Python; the last answers to the built-in's names there."""
 TESTS = ("engine", "laws", "store", "faults", "arithmetic", "session", "one_at_a_time", "reader", "pickled", "dialects")
 TESTS += ("layers", "rounding", "side_path", "grammar", "schedule", "infotext", "options", "api", "shim_host")
-TESTS += ("install",)
+TESTS += ("install", "readback", "shared_weights")
 
 
 def sources() -> list[Path]:
