@@ -79,10 +79,8 @@ def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: in
     do not fit. Raises RuntimeError as torch's operations do (no memory).
     """
     fits = out.shape == base.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
-    if not fits or not _is_plain(right) or out.device != right.device or _onednn() is None or _is_watched():
-        return False
     add = _by_rows()
-    if add is None:
+    if not fits or not _is_plain(right) or out.device != right.device or add is None or not adds_products():
         return False
     try:
         add(out, base, left.contiguous(), right.contiguous().t(), rows)

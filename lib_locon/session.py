@@ -131,9 +131,8 @@ class Session:
                 reports = tuple(use.report(found) for use, found in pairs)
                 findings = Findings()
                 merged, beside = self.side.split(plan, side=self.side_path, findings=findings)
-                for rival in state.rivals:
-                    if (other := rival()) is not None:
-                        state.engine.refuse_changed_by(other.engine, merged)
+                for rival in state.living_rivals():
+                    state.engine.refuse_changed_by(rival.engine, merged)
                 state.layers += [item.layer for found in matches for item in found.matched]
                 written = self.side.set(beside) + self.engine.apply(merged, rounding, findings)
             except BaseException:
@@ -199,12 +198,16 @@ class _State:
     rivals: tuple[weakref.ref[_State], ...] = ()
     """Of other models that share weights with this one: a pipeline, and the UNet in it."""
 
+    def living_rivals(self) -> list[_State]:
+        """Those that are still there."""
+        return [rival for known in self.rivals if (rival := known()) is not None]
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """With no change of this model, and of none that shares weights with it, in between."""
-        rivals = [rival for known in self.rivals if (rival := known()) is not None]
         with ExitStack() as held:
-            for state in sorted([self, *rivals], key=id):  # one order for all: nobody waits for who waits for him
+            # one order for all: nobody waits for who waits for him
+            for state in sorted([self, *self.living_rivals()], key=id):
                 held.enter_context(state.lock)
             yield
 
@@ -214,7 +217,7 @@ class _State:
             if self.engine.shares(other.engine):
                 # others may be going through the old ones
                 self.rivals = (*self.rivals, weakref.ref(other))
-                other.rivals = (*other.rivals, weakref.ref(self))
+                other.rivals = (*map(weakref.ref, other.living_rivals()), weakref.ref(self))
 
     def fits(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether the model is still what it was: others may have put other modules into it."""

@@ -142,7 +142,7 @@ class BaseStore:
         self._free_if_idle()
 
     def forget(self) -> None:
-        """All of it: the model is no more. Whoever is going through what was kept goes on with that."""
+        """All of it, for good. Whoever is going through what was kept goes on with that."""
         self._copies, self._unused, self._reads, self._reasons = {}, {}, {}, {}
         self._scratch.free()
 
