@@ -15,25 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
-from lib_locon.patching.compute import (
-    Workspace,
-    exact_sums,
-    only_product,
-    overflowing,
-    overflows,
-    patched,
-    write_from_file,
-    write_sum,
-)
+from lib_locon.patching.compute import Workspace, exact_sums, overflowing
 from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held, keys
 from lib_locon.patching.parameters import ModuleGone, Parameters
-from lib_locon.patching.places import may_run_on, on_its_device, refuse_overlaps
+from lib_locon.patching.places import on_its_device, refuse_overlaps
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.readback import BaseLost
-from lib_locon.patching.rounding import Rounding, write_one_by_one
-from lib_locon.patching.storage import Findings, decode, encode
+from lib_locon.patching.rounding import Rounding
+from lib_locon.patching.storage import Findings
 from lib_locon.patching.store import BaseStore, same_bits
+from lib_locon.patching.writer import Writer, writing
 
 
 class _Failed(Exception):
@@ -60,7 +52,7 @@ class Engine:
         self.store = BaseStore()
         self._held: dict[str, Held] = {}
         self._lock = threading.RLock()
-        self._findings = Findings()
+        self._writer = self._new_writer()
         self._job: Job | None = None
         """What workers may be doing here; none of them writes any more once it was stopped."""
         self.generation = 0
@@ -96,7 +88,7 @@ class Engine:
     def refuse_changed_by(self, other: Engine, plan: Plan) -> None:
         """Raises PatchError where a weight of the plan holds what another engine wrote: it is not the base."""
         with other._own():
-            other._findings = Findings()
+            other._writer = other._new_writer()
             other._accept_outside_writes()
             theirs = {id(weight) for weight in other._weights.found(other._held).values()}
         for path, weight in self._weights.found(plan).items():
@@ -113,7 +105,7 @@ class Engine:
         """
         with self._own():
             self._settle()
-            self._findings = findings or Findings()
+            self._writer = self._new_writer(findings)
             self._accept_outside_writes()
             plan = self._weights.untied(plan)
             wanted = {path: keys(patches, rounding) for path, patches in plan.items()}
@@ -144,7 +136,7 @@ class Engine:
         interrupt: KeyboardInterrupt | None = None
         failed: dict[str, Exception] = {}
         with self._own():
-            self._findings = Findings()
+            self._writer = self._new_writer()
             while self._job is not None or set(self._held) - set(failed):
                 try:
                     self._settle()
@@ -166,6 +158,9 @@ class Engine:
         if self._job is not None and working_at() is self._job:
             raise PatchError("an adapter's own code asked for a change of the model in the middle of another one")
         return self._lock
+
+    def _new_writer(self, findings: Findings | None = None) -> Writer:
+        return Writer(self._weights, self.store, findings or Findings())
 
     def _settle(self) -> None:
         if self._job is not None:
@@ -212,7 +207,7 @@ class Engine:
                 continue
             ours = torch.empty_like(base, dtype=entry.dtype)
             with exact_sums(base.device.type):
-                self._write_sum(path, ours, base, entry.patches, entry.rounding)
+                self._writer.write_sum(path, ours, base, entry.patches, entry.rounding)
             if entry.is_still_in(weight, ours, base):
                 self._held[path] = Held.by(weight, entry.patches, entry.rounding)
             else:
@@ -259,73 +254,26 @@ class Engine:
     def _can_share(self, path: str, weights: Mapping[str, Tensor]) -> bool:
         """Whether workers may write this weight. Not those that run others' code, or on a GPU."""
         weight = weights.get(path)
-        return weight is not None and weight.is_cpu and self._can_hold(path)
-
-    def _can_hold(self, path: str) -> bool:
-        return self._findings.cannot_hold(*self._weights.owner(path)) is None
+        return weight is not None and weight.is_cpu and self._writer.can_hold(path)
 
     def _write(
         self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
     ) -> Tensor | None:
         weight = self._weights.weight(path)
-        extremes: Tensor | None = None
-        with _writing(weight):
-            if not self._write_from_file(path, weight, patches, rounding, space):
-                base = self.store.save(path, weight)
-                # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
-                self._held[path] = Held.by(weight, None, rounding)
-                if patches:
-                    extremes = self._write_sum(
-                        path, weight.detach(), on_its_device(weight, base), patches, rounding, space
-                    )
-                else:
-                    weight.copy_(base, non_blocking=may_run_on(weight, base))
+        with writing(weight):
+            write = self._writer.ready(path, weight, patches, rounding, space)
+            # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight
+            self._held[path] = Held.by(weight, None, rounding)
+            try:
+                extremes = write()
+            except BaseLost:
+                self._held[path] = Held.by(weight, None, rounding, abandoned=True)
+                raise
         if patches:
             self._held[path] = Held.by(weight, tuple(patches), rounding)
         else:
             self._forget(path, self.store.release)
         return extremes
-
-    def _write_from_file(
-        self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
-    ) -> bool:
-        """Whether it was done by reading the base where it is needed, and no more of it at a time than that."""
-        if space is None or rounding != "exact" or not (weight.is_cpu and weight.ndim and weight.is_contiguous()):
-            return False
-        base = self.store.readable(path, weight) if self._can_hold(path) else None
-        product = only_product(weight.detach(), patches, space) if base is not None and patches else None
-        if base is None or (patches and product is None):
-            return False
-        self._held[path] = Held.by(weight, None, rounding)
-        try:
-            write_from_file(weight.detach(), base, product, space)
-        except BaseLost:
-            self._held[path] = Held.by(weight, None, rounding, abandoned=True)
-            raise
-        return True
-
-    def _write_sum(
-        self,
-        path: str,
-        out: Tensor,
-        base: Tensor,
-        patches: Sequence[Patch],
-        rounding: Rounding,
-        space: Workspace | None = None,
-    ) -> Tensor | None:
-        """The sum into `out`, and its extremes. A weight of 8 bits is read and rounded as its module says.
-
-        To be called within `exact_sums`, as `_write` is with patches.
-        """
-        if self._can_hold(path):
-            write = write_sum if rounding == "exact" else write_one_by_one
-            return write(out, base, patches, space)
-        module, name = self._weights.owner(path)
-        total, extremes = patched(decode(module, name, base), patches, torch.float32)
-        if extremes is not None and overflows(extremes, torch.float32):
-            raise OverflowError("at these strengths its numbers are beyond fp32")
-        out.copy_(encode(module, name, total, out.dtype))  # kept within its range
-        return None
 
     def _overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
         """The first of these weights whose sum its dtype cannot hold; "" for none. Waits for a GPU once, at the end."""
@@ -352,7 +300,3 @@ def _forget_gone(engine: weakref.ref[Engine]) -> None:
         alive.store.forget()
         alive._held = {}
         alive.generation += 1
-
-
-def _writing(weight: Tensor) -> AbstractContextManager[object]:
-    return torch.inference_mode() if weight.is_inference() else torch.no_grad()

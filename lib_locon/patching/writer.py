@@ -1,0 +1,95 @@
+"""The numbers of one weight: base + patches, made by whichever way its form asks for.
+
+What has been written, and what is to be done where that fails, is the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lib_locon.patching.compute import Workspace, only_product, overflows, patched, write_from_file, write_sum
+from lib_locon.patching.parameters import Parameters
+from lib_locon.patching.places import may_run_on, on_its_device
+from lib_locon.patching.plan import Patch
+from lib_locon.patching.rounding import Rounding, write_one_by_one
+from lib_locon.patching.storage import Findings, decode, encode
+from lib_locon.patching.store import BaseStore
+
+
+class Writer:
+    """For one change of one model's weights."""
+
+    def __init__(self, weights: Parameters, store: BaseStore, findings: Findings) -> None:
+        self._weights = weights
+        self._store = store
+        self._findings = findings
+
+    def can_hold(self, path: str) -> bool:
+        """Whether the weight itself can hold base + ΔW; of the others the module says what they stand for."""
+        return self._findings.cannot_hold(*self._weights.owner(path)) is None
+
+    def ready(
+        self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
+    ) -> Callable[[], Tensor | None]:
+        """What writes the weight, and returns the extremes of the sum; its base is kept or found by now.
+
+        Both within `writing`, with patches within `exact_sums` too. Raises BaseLost; what it returns does so where it
+        reads the base by rows: the weight is then written in part.
+        """
+        by_rows = self._by_rows(path, weight, patches, rounding, space)
+        if by_rows is not None:
+            return by_rows
+        pristine = self._store.save(path, weight)
+        if patches:
+            there = on_its_device(weight, pristine)
+            return partial(self.write_sum, path, weight.detach(), there, patches, rounding, space)
+        return partial(_copy, weight, pristine)
+
+    def _by_rows(
+        self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
+    ) -> Callable[[], None] | None:
+        """Where the base is needed no more of at a time than some rows, and can be read so."""
+        if space is None or rounding != "exact" or not (weight.is_cpu and weight.ndim and weight.is_contiguous()):
+            return None
+        base = self._store.readable(path, weight) if self.can_hold(path) else None
+        product = only_product(weight.detach(), patches, space) if base is not None and patches else None
+        if base is None or (patches and product is None):
+            return None
+        return partial(write_from_file, weight.detach(), base, product, space)
+
+    def write_sum(
+        self,
+        path: str,
+        out: Tensor,
+        base: Tensor,
+        patches: Sequence[Patch],
+        rounding: Rounding,
+        space: Workspace | None = None,
+    ) -> Tensor | None:
+        """The sum into `out`, and its extremes. A weight of 8 bits is read and rounded as its module says.
+
+        To be called within `exact_sums`.
+        """
+        if self.can_hold(path):
+            write = write_sum if rounding == "exact" else write_one_by_one
+            return write(out, base, patches, space)
+        module, name = self._weights.owner(path)
+        total, extremes = patched(decode(module, name, base), patches, torch.float32)
+        if extremes is not None and overflows(extremes, torch.float32):
+            raise OverflowError("at these strengths its numbers are beyond fp32")
+        out.copy_(encode(module, name, total, out.dtype))  # kept within its range
+        return None
+
+
+def _copy(weight: Tensor, base: Tensor) -> None:
+    weight.copy_(base, non_blocking=may_run_on(weight, base))
+
+
+def writing(weight: Tensor) -> AbstractContextManager[object]:
+    """What a weight is written within: one that was made in inference mode can be written in no other."""
+    return torch.inference_mode() if weight.is_inference() else torch.no_grad()
