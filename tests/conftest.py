@@ -24,6 +24,7 @@ from lib_locon.patching.plan import Adder, LowRank, Patch
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+collect_ignore = [] if "LOCON_SECOND_DEVICE" in os.environ else ["second_device"]
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 Tensors = Mapping[str, Tensor]
 Zoo = Callable[..., nn.Module]

@@ -1,0 +1,1 @@
+"""Tests on two devices that are there on every machine: see `device.cpp`. Run by `tests/test_second_device.py`."""
