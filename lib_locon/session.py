@@ -13,7 +13,7 @@ from torch import nn
 
 from lib_locon.errors import LoconError
 from lib_locon.families import combine
-from lib_locon.families.layer import Layer
+from lib_locon.families.layer import Layer, send
 from lib_locon.files.adapter import Adapter
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
@@ -253,7 +253,7 @@ def _state_of(model: nn.Module) -> _State:
             return state
         if state is not None:
             state.end()
-        state = _State(TargetTable.of_shapes(shapes), Engine(model), SidePath(model, combine))
+        state = _State(TargetTable.of_shapes(shapes), Engine(model, send), SidePath(model, combine))
         state.meet(_STATES.values())
         _STATES[model] = state
         weakref.finalize(model, state.let_go)  # its adapters may live on

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lib_locon
-from lib_locon.patching.store import same_bits
+from lib_locon.patching.bits import same_bits
 from tests import conformance
 from tests.oracles import naive
 from tests.oracles.cases import Case, all_cases

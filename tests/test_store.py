@@ -25,11 +25,12 @@ from lib_locon.files import pristine
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.models.checkpoint_keys import checkpoint_keys
+from lib_locon.patching.bits import same_bits
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.memory import LARGE, SMALL, Scratch, allocate
 from lib_locon.patching.plan import Plan, make_plan
 from lib_locon.patching.readback import BaseLost
-from lib_locon.patching.store import POLICIES, BaseStore, Policy, same_bits
+from lib_locon.patching.store import POLICIES, BaseStore, Policy
 from tests.test_engine import grid
 from tests.test_faults import FaultAt, operations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import prod
@@ -101,9 +101,17 @@ class Family:
 
         Single numbers stay: torch takes them from the CPU, and to look at one would wait for a GPU.
         """
+        return self.with_factors([tensor.to(device, dtype) for tensor in self.factors()])
+
+    def factors(self) -> list[Tensor]:
+        """All of its tensors but single numbers."""
+        return [tensor for tensor in self.tensors().values() if tensor.ndim]
+
+    def with_factors(self: F, factors: Sequence[Tensor]) -> F:
+        """With others in the place of `factors()`."""
         suffixes = self.suffixes()
-        moved = {suffixes[suffix]: tensor.to(device, dtype) for suffix, tensor in self.tensors().items() if tensor.ndim}
-        return dataclasses.replace(self, **moved)
+        names = [suffixes[suffix] for suffix, tensor in self.tensors().items() if tensor.ndim]
+        return dataclasses.replace(self, **dict(zip(names, factors, strict=True)))
 
     def sizes(self) -> dict[str, int]:
         """Axis name → size, over all factors. Raises ShapeError where they contradict each other."""

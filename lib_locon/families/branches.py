@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lib_locon.arithmetic import matrix, peak
 from lib_locon.families.convolve import CONVS, apply_pointwise, apply_weight, channel_axis, groups, per_group
 from lib_locon.families.tucker import rebuild
+from lib_locon.uploads import moved
 
 B = TypeVar("B", bound="Branch")
 TILE = 2**20
@@ -49,12 +50,13 @@ class Branch:
         """
         wide = torch.promote_types(dtype, torch.float32)
         digits = math.frexp(self.scale)[0] or 1.0
-        moved: dict[str, Tensor] = {}
-        for name, tensor in self._tensors():
-            factor = 2.0 ** self.powers.get(name, 0) * (1.0 if moved else digits)
-            moved[name] = (tensor.to(device).to(wide) * factor).to(dtype)
+        ready: dict[str, Tensor] = {}
+        names = [name for name, _ in self._tensors()]
+        for name, tensor in zip(names, moved([tensor for _, tensor in self._tensors()], device), strict=True):
+            factor = 2.0 ** self.powers.get(name, 0) * (1.0 if ready else digits)
+            ready[name] = (tensor.to(wide) * factor).to(dtype)
         scale = self.scale / digits * 2.0 ** -sum(self.powers.values())
-        return dataclasses.replace(self, **moved, scale=scale, powers={})
+        return dataclasses.replace(self, **ready, scale=scale, powers={})
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         held = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))

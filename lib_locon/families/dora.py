@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib_locon.arithmetic import add_scaled, matrix, multiplier, working_dtype
 from lib_locon.errors import ShapeError
-from lib_locon.families.base import Adder
+from lib_locon.families.base import Adder, Family
 from lib_locon.families.layer import Layer
 
 STRIP = 128  # rows at a time
@@ -106,11 +106,12 @@ class DoRALayer(Layer):
 
     def _factors(self, norm: Tensor, start: int = 0, length: int | None = None) -> Tensor:
         """g / ‖M‖ in the shape of `norm`; for some rows only, from row `start` on."""
-        magnitude = self._magnitude_on(norm.device).flatten()[start : None if length is None else start + length]
+        magnitude = self._moved_once(self.magnitude, norm.device).flatten()
+        magnitude = magnitude[start : None if length is None else start + length]
         return magnitude.to(norm.dtype).reshape(norm.shape) / (norm + self.EPSILON)
 
-    def _magnitude_on(self, device: torch.device) -> Tensor:
-        return self.magnitude if self.magnitude.device == device else self._moved_once(self.magnitude, device)
+    def movable(self) -> tuple[Family | Tensor, ...]:
+        return (*super().movable(), self.magnitude)
 
     def low_rank(self, device: torch.device) -> None:  # W itself is in it
         return None

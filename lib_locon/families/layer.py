@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from lib_locon.arithmetic import exact_arithmetic, has_products, matrix, peak, rounded_product, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder, Family
+from lib_locon.uploads import moved
 
 LowRank: TypeAlias = tuple[Tensor, Tensor, float]
 Movable = TypeVar("Movable", Family, Tensor)
@@ -148,19 +150,44 @@ class Layer:
         self._moved.clear()
         self._shorter.clear()
 
+    def movable(self) -> tuple[Family | Tensor, ...]:
+        """Its parts that are needed where the weight is."""
+        return (self.family,)
+
     def _on(self, device: torch.device) -> Family:
         """The factors there, in their own dtype. Moved once: a strength that changes moves nothing."""
-        if all(tensor.device == device for tensor in self.family.tensors().values() if tensor.ndim):
-            return self.family
         return self._moved_once(self.family, device)
 
     def _moved_once(self, what: Movable, device: torch.device) -> Movable:
-        """`what`, a part of this layer, on a device where it is not; the same one until `release`."""
+        """`what`, a part of this layer, on a device; where it is not, the same one until `release`."""
         moved = self._moved.get((id(what), device))  # once: `release` may come from another thread
         if moved is None:
-            moved = self._moved[id(what), device] = what.to(device)
+            moved = what if _is_on(what, device) else self._moved.setdefault((id(what), device), what.to(device))
         return moved
 
     @cached_property
     def _moved(self) -> dict[tuple[int, torch.device], Any]:
         return {}
+
+
+def send(layers: Iterable[Layer], device: torch.device) -> None:
+    """Moves what many layers need to a device, in as few copies as it takes; each will find its own there."""
+    todo = {
+        id(part): (layer, part)
+        for layer in layers
+        for part in layer.movable()
+        if (id(part), device) not in layer._moved and not _is_on(part, device)
+    }
+    sizes = [len(_factors(part)) for _, part in todo.values()]
+    arrived = iter(moved([factor for _, part in todo.values() for factor in _factors(part)], device))
+    for (layer, part), size in zip(todo.values(), sizes, strict=True):
+        factors = list(islice(arrived, size))
+        layer._moved[id(part), device] = factors[0] if isinstance(part, Tensor) else part.with_factors(factors)
+
+
+def _factors(part: Family | Tensor) -> list[Tensor]:
+    return [part] if isinstance(part, Tensor) else part.factors()
+
+
+def _is_on(part: Family | Tensor, device: torch.device) -> bool:
+    return all(tensor.device == device for tensor in _factors(part))

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
+from lib_locon.patching.bits import same_bits
 from lib_locon.patching.compute import Workspace, exact_sums, overflowing
 from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held, keys
 from lib_locon.patching.parameters import ModuleGone, Parameters
-from lib_locon.patching.places import on_its_device, refuse_overlaps
+from lib_locon.patching.places import refuse_overlaps
 from lib_locon.patching.plan import Patch, Plan
 from lib_locon.patching.readback import BaseLost
 from lib_locon.patching.rounding import Rounding
 from lib_locon.patching.storage import Findings
-from lib_locon.patching.store import BaseStore, same_bits
-from lib_locon.patching.writer import Writer, writing
+from lib_locon.patching.store import BaseStore
+from lib_locon.patching.writer import Send, Writer, writing
 
 
 class _Failed(Exception):
@@ -47,9 +48,10 @@ class Engine:
     A weight that is not in `_held` holds its base. Safe to call from several threads: calls wait for each other.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, send: Send = lambda deltas, device: None) -> None:
         self._weights = Parameters(model, partial(_forget_gone, weakref.ref(self)))
         self.store = BaseStore()
+        self._send = send
         self._held: dict[str, Held] = {}
         self._lock = threading.RLock()
         self._writer = self._new_writer()
@@ -145,6 +147,7 @@ class Engine:
                         self._restore_one(path, failed)
                 except KeyboardInterrupt as error:
                     interrupt = error
+            self.store.wait()
             self.store.keep(failed)
         if interrupt is not None:
             raise interrupt
@@ -160,7 +163,7 @@ class Engine:
         return self._lock
 
     def _new_writer(self, findings: Findings | None = None) -> Writer:
-        return Writer(self._weights, self.store, findings or Findings())
+        return Writer(self._weights, self.store, findings or Findings(), self._send)
 
     def _settle(self) -> None:
         if self._job is not None:
@@ -178,8 +181,8 @@ class Engine:
             self._forget(path)  # said once: nothing can be done about it
         except Exception as error:  # noqa: BLE001  the others must get their base back, whatever is wrong with this one
             weight = self._weights.weight(path)
-            base = on_its_device(weight, self.store.save(path, weight))
-            if base.dtype == weight.dtype and same_bits(weight.detach(), base):
+            base = self.store.save(path, weight)
+            if same_bits(weight.detach().cpu(), base.cpu()):  # a GPU may have no memory left to compare them
                 self._forget(path)  # it cannot be written, and never was
             else:
                 failed[path] = error
@@ -196,7 +199,7 @@ class Engine:
             if entry.untouched(weight):
                 continue
             try:
-                base = on_its_device(weight, self.store.save(path, weight))
+                base = self.store.fetch(path, weight)
             except BaseLost:
                 if entry.weight == id(weight) and not weight.is_inference():
                     self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
@@ -237,6 +240,7 @@ class Engine:
         with begin() as alone:
             # first those that get their base back: their copies are given back before others are made
             for some in ([p for p in paths if not plan.get(p)], [p for p in paths if plan.get(p)]):
+                self._writer.prepare({path: weights[path] for path in some if path in weights}, plan)
                 shared = {path: weights[path].numel() for path in some if self._can_share(path, weights)}
                 crew = crew_for(sum(shared.values()))
                 if crew is not None:
@@ -247,6 +251,7 @@ class Engine:
                 for path in some:
                     if crew is None or path not in shared:
                         alone(path)
+        self.store.wait()
         path = self._overflowing(extremes)
         if path:
             raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lib_locon.arithmetic import working_dtype
+from lib_locon.patching.bits import same_bits
 from lib_locon.patching.plan import Patch
 from lib_locon.patching.rounding import Rounding
-from lib_locon.patching.store import same_bits
 
 SAMPLE = 16
 """Numbers by which a weight is recognised where torch does not count the writes into it."""

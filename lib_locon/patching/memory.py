@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 LARGE = 2 << 20  # bytes: one large page of x86 and most of ARM
+FIRST_BLOCK, BLOCK = 4 << 20, 64 << 20  # bytes of pinned memory that are taken at a time
+ALIGNED = 512  # bytes, as torch's own tensors in it
 SMALL = 64 << 10  # bytes: below it a mapping of its own would waste much of its last page
 
 
@@ -41,6 +43,40 @@ def _mapping(nbytes: int) -> mmap.mmap:
         with suppress(OSError):  # a kernel built without them: small pages do too
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
+
+
+class Pinned:
+    """Pinned memory for what stays. torch gives it out by powers of two, a quarter more than a model's weights take: so
+    it is asked for blocks, and weights lie in them side by side. Their memory comes back when all are freed."""
+
+    def __init__(self) -> None:
+        self.free()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A contiguous tensor, numbers undefined; None where the system pins no more."""
+        nbytes = prod(shape) * dtype.itemsize
+        room = -(-nbytes // ALIGNED) * ALIGNED
+        number = next((i for i, (block, used) in enumerate(self._blocks) if len(block) - used >= room), None)
+        if number is None:
+            # small ones first: not every model is large; and a power of two, or torch takes one and keeps the rest
+            size = max(1 << (room - 1).bit_length(), min(BLOCK, FIRST_BLOCK << len(self._blocks)))
+            try:
+                self._blocks.append((torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True), 0))
+            except RuntimeError:
+                return None
+            number = len(self._blocks) - 1
+        block, used = self._blocks[number]
+        self._blocks[number] = block, used + room
+        return block[used : used + nbytes].view(dtype).view(shape)
+
+    def free(self) -> None:
+        """Gives the blocks back, at the latest when nothing stands on them any more."""
+        self._blocks: list[tuple[Tensor, int]] = []
+
+    @property
+    def unused(self) -> int:
+        """Bytes of the blocks that nothing was ever put into."""
+        return sum(len(block) - used for block, used in list(self._blocks))
 
 
 class Scratch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lib_locon.errors import FileError, PatchError
 from lib_locon.patching.memory import Scratch
+from lib_locon.uploads import Uploader
 
 
 class BaseLost(PatchError):
@@ -65,11 +67,19 @@ class ReadBack:
         self.source.read(self.path, out)
         return out
 
+    def send(self, uploader: Uploader, out: Tensor) -> Tensor:
+        """The whole into `out`, contiguous and on a GPU. Raises FileError; then a part of it is written."""
+        return uploader.fill(out, partial(self.source.read_part, self.path))
+
     def read_rows(self, start: int, out: Tensor) -> Tensor:
         """Fills `out`, some rows of the weight as a matrix, from row `start` on, and returns it. Raises BaseLost: what
         was read before is right, and nothing of what it was now."""
         try:
             self.source.read_part(self.path, start * out.shape[1], out)
         except FileError as error:
-            raise BaseLost(f"the base of {self.path} is lost ({error}); load the checkpoint again") from error
+            raise self.lost(error) from error
         return out
+
+    def lost(self, error: FileError) -> BaseLost:
+        """What to raise where it cannot be read."""
+        return BaseLost(f"the base of {self.path} is lost ({error}); load the checkpoint again")

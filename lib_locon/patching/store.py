@@ -9,6 +9,8 @@ weight, bit for bit. What differs (a baked VAE, a merge, an edited weight) or is
 A copy outlives its use: the next adapter finds it there, for memory given back and taken again costs more time than any
 sum. It counts for nothing until it was compared with the weight once more. `free_unused` gives it back at once.
 
+To and from GPUs nothing is waited for until `wait` (`transit`). A copy of a weight there is made anew, not compared.
+
 Several threads may save and release at a time, each another weight; around everything else is the engine's lock.
 """
 
@@ -23,8 +25,10 @@ import torch
 from torch import Tensor
 
 from lib_locon.errors import FileError, one_of
+from lib_locon.patching.bits import alike, other_bits, same_bits
 from lib_locon.patching.memory import Scratch, allocate
-from lib_locon.patching.readback import BaseLost, PristineSource, ReadBack
+from lib_locon.patching.readback import PristineSource, ReadBack
+from lib_locon.patching.transit import Transit
 
 Policy: TypeAlias = Literal["auto", "checkpoint", "ram", "device"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -35,7 +39,7 @@ def policy_named(name: str) -> Policy:
     return one_of(POLICIES, name, "policy")
 
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+NOT_THE_FILES = "the model's weight is not the checkpoint's"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ class BaseStore:
         self._reads: dict[str, ReadBack] = {}
         self._reasons: dict[str, str] = {}
         self._scratch = Scratch()
+        self._transit = Transit()
+        self._refuted: dict[str, str] = {}
+        """Why a weight of the change that is being made cannot be read back."""
 
     def save(self, path: str, weight: Tensor) -> Tensor:
         """The pristine value of the weight at `path`; where the store has none yet, `weight` is it.
@@ -102,6 +109,46 @@ class BaseStore:
             return read.read(self._scratch)
         except FileError as error:
             return self._loaded_again(path, weight, error)
+
+    def fetch(self, path: str, weight: Tensor) -> Tensor:
+        """As `save`, where the weight is now. What comes to a GPU is not waited for; see `wait`."""
+        read = self._reads.get(path)
+        if weight.is_cuda and read is not None and path not in self._copies and read.source.has_parts():
+            try:
+                return self._transit.fetch(weight, read)
+            except FileError as error:
+                return self._transit.fetch(weight, self._loaded_again(path, weight, error))
+        return self._transit.fetch(weight, self.save(path, weight))
+
+    def put_back(self, weight: Tensor, base: Tensor | ReadBack) -> None:
+        """weight ← what `save` or `readable` said its base is. Raises BaseLost, with a part of the weight written."""
+        self._transit.put_back(weight, base)
+
+    def prove(self, weights: Mapping[str, Tensor]) -> None:
+        """Finds out which of some weights on GPUs can be read back, before they are saved: it waits for each GPU once,
+        where `save` would for each weight."""
+        differ: dict[torch.device, list[tuple[str, ReadBack, Tensor]]] = {}
+        for path, weight in weights.items():
+            if self.policy in ("auto", "checkpoint") and path not in self._copies and path not in self._reads:
+                try:
+                    read, base = self._as_in_file(path, weight)
+                except FileError as reason:
+                    self._refuted[path] = str(reason)
+                else:
+                    differs = other_bits(self._transit.send(weight, base), weight)
+                    differ.setdefault(weight.device, []).append((path, read, differs))
+        for found in differ.values():
+            verdicts = torch.stack([verdict for _, _, verdict in found]).tolist()
+            for (path, read, _), refuted in zip(found, verdicts, strict=True):
+                if refuted:
+                    self._refuted[path] = NOT_THE_FILES
+                else:
+                    self._reads[path] = read
+
+    def wait(self) -> None:
+        """For all that is under way between RAM and GPUs: to be called at the end of a change."""
+        self._refuted = {}
+        self._transit.wait()
 
     def readable(self, path: str, weight: Tensor) -> ReadBack | None:
         """The pristine value of a weight by rows, for who needs no more of it at a time; None where it is no file's, or
@@ -126,6 +173,7 @@ class BaseStore:
         self._free_unused = wanted
         if wanted:
             self._unused.clear()
+            self._free_if_idle()
 
     def release(self, path: str) -> None:
         """Lets go of a weight that holds its base again."""
@@ -144,7 +192,7 @@ class BaseStore:
     def forget(self) -> None:
         """All of it, for good. Whoever is going through what was kept goes on with that."""
         self._copies, self._unused, self._reads, self._reasons = {}, {}, {}, {}
-        self._scratch.free()
+        self._free_if_idle()
 
     def keep(self, paths: Collection[str]) -> None:
         """Forgets all other weights, and gives unused copies back."""
@@ -156,9 +204,9 @@ class BaseStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory held: the copies, and the buffer for reading back."""
+        """Bytes of memory held: the copies, what is pinned beside them, and the buffer for reading back."""
         copies = (*self._copies.values(), *self._unused.values())
-        return sum(copy.nbytes for copy in copies) + self._scratch.nbytes
+        return sum(copy.nbytes for copy in copies) + self._transit.pinned.unused + self._scratch.nbytes
 
     def report(self) -> StoreReport:
         """How the weights are kept now. May be asked for while others are being saved."""
@@ -186,22 +234,39 @@ class BaseStore:
             except FileError as reason:
                 self._reasons[path] = str(reason)
             self._free_if_idle()
-        copy = unused if self._is_copy(unused, weight) else None
-        if copy is None:
-            copy = _copy_on_device(weight) if self.policy == "device" else _copy_in_ram(weight)
+        copy = self._copy(weight, unused if self._may_hold(unused, weight) else None)
         self._copies[path] = copy
         return copy
 
-    def _is_copy(self, copy: Tensor | None, weight: Tensor) -> bool:
-        """Whether the weight holds those bits, and the copy is where the policy wants it."""
+    def _copy(self, weight: Tensor, unused: Tensor | None) -> Tensor:
+        pristine = weight.detach()
+        if weight.is_cuda and _is_plain(weight):
+            # an unused copy is written anew: to compare it would take as long, and be waited for
+            if self.policy == "device":
+                return _on_device(pristine) if unused is None else unused.copy_(pristine)
+            copy = self._transit.copied(weight, unused)
+            return _in_ram(pristine) if copy is None else copy
+        if unused is not None and same_bits(unused.to(weight.device), weight):
+            return unused
+        return _on_device(pristine) if self.policy == "device" else _in_ram(pristine)
+
+    def _may_hold(self, copy: Tensor | None, weight: Tensor) -> bool:
+        """Whether the copy is one of such a weight, and where the policy wants it."""
         wanted = weight.device.type if self.policy == "device" else "cpu"
-        if copy is None or copy.device.type != wanted or not _is_plain(weight):
-            return False
-        # every bit: a write through `.data` leaves no trace that could be looked for instead
-        return same_bits(copy.to(weight.device), weight)
+        return copy is not None and copy.device.type == wanted and _is_plain(weight) and alike(copy, weight)
 
     def _proved(self, path: str, weight: Tensor) -> Tensor:
         """`weight` as the file has it, bit for bit. Raises FileError with the reason where it does not."""
+        if path in self._refuted:
+            raise FileError(self._refuted[path])
+        read, base = self._as_in_file(path, weight)
+        if not same_bits(base.to(weight.device), weight):
+            raise FileError(NOT_THE_FILES)
+        self._reads[path] = read
+        return base
+
+    def _as_in_file(self, path: str, weight: Tensor) -> tuple[ReadBack, Tensor]:
+        """What the file has for the weight, read whole, on the CPU. Raises FileError where it can have nothing."""
         source = self.source
         if source is None:
             raise FileError("there is no checkpoint file that the model is known to come from")
@@ -210,61 +275,31 @@ class BaseStore:
         if not source.unchanged():
             raise FileError("the checkpoint file has changed, or is too new to tell whether it will")
         read = ReadBack(source, path, tuple(weight.shape), weight.dtype)
-        base = read.read(self._scratch)
-        if not same_bits(base.to(weight.device), weight):
-            raise FileError("the model's weight is not the checkpoint's")
-        self._reads[path] = read
-        return base
+        return read, read.read(self._scratch)
 
     def _loaded_again(self, path: str, weight: Tensor, error: FileError) -> Tensor:
         """The way out after a base was lost: the host loaded a checkpoint, and the weight is what that file has."""
         try:
             return self._proved(path, weight)
         except FileError:
-            raise BaseLost(f"the base of {path} is lost ({error}); load the checkpoint again") from error
+            raise self._reads[path].lost(error) from error
 
     def _free_if_idle(self) -> None:
         if not self._reads:
             self._scratch.free()
-
-
-def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors on one device hold the same bits: -0.0 is not 0.0, a NaN is itself.
-
-    Any strides (a weight in channels_last): a view as integers of the same size needs no copy.
-    """
-    integers = _INTEGERS.get(one.dtype.itemsize)
-    if one.dtype != other.dtype or one.shape != other.shape or integers is None:
-        return False
-    one, other = one.detach(), other.detach()
-    if _in_eights(one) and _in_eights(other):  # torch compares number by number on one core: the fewer the better
-        one, other, integers = one.flatten(), other.flatten(), torch.int64
-    return torch.equal(one.view(integers), other.view(integers))
-
-
-def _in_eights(tensor: Tensor) -> bool:
-    """Whether its memory can be read as integers of eight bytes."""
-    start = tensor.storage_offset() * tensor.dtype.itemsize
-    return tensor.is_contiguous() and tensor.nbytes % 8 == 0 and start % 8 == 0
+        if not self._copies and not self._unused:
+            self._transit.pinned.free()
 
 
 def _is_plain(weight: Tensor) -> bool:
     return type(weight.detach()) is Tensor
 
 
-def _copy_in_ram(weight: Tensor) -> Tensor:
-    pristine = weight.detach()
-    if not _is_plain(weight):  # a quantised one has its own idea of a copy
+def _in_ram(pristine: Tensor) -> Tensor:
+    if type(pristine) is not Tensor:  # a quantised one has its own idea of a copy
         return pristine.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if weight.is_cuda:
-        try:
-            pinned = torch.empty(weight.shape, dtype=weight.dtype, device="cpu", pin_memory=True)
-        except RuntimeError:  # the system pins no more: slower, but it works
-            pass
-        else:
-            return pinned.copy_(pristine)
-    return allocate(tuple(weight.shape), weight.dtype).copy_(pristine)
+    return allocate(tuple(pristine.shape), pristine.dtype).copy_(pristine)
 
 
-def _copy_on_device(weight: Tensor) -> Tensor:
-    return weight.detach().clone(memory_format=torch.contiguous_format)
+def _on_device(pristine: Tensor) -> Tensor:
+    return pristine.clone(memory_format=torch.contiguous_format)

@@ -5,29 +5,44 @@ What has been written, and what is to be done where that fails, is the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lib_locon.patching.compute import Workspace, only_product, overflows, patched, write_from_file, write_sum
 from lib_locon.patching.parameters import Parameters
-from lib_locon.patching.places import may_run_on, on_its_device
-from lib_locon.patching.plan import Patch
+from lib_locon.patching.plan import Delta, Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import Findings, decode, encode
 from lib_locon.patching.store import BaseStore
 
+Send: TypeAlias = Callable[[Iterable[Any], torch.device], None]
+"""Brings what ΔWs are made of to a GPU, for many of them at a time. What it does not bring they bring themselves."""
+
 
 class Writer:
-    """For one change of one model's weights."""
+    """For one change of one model's weights. `send` as the engine's."""
 
-    def __init__(self, weights: Parameters, store: BaseStore, findings: Findings) -> None:
+    def __init__(self, weights: Parameters, store: BaseStore, findings: Findings, send: Send) -> None:
         self._weights = weights
         self._store = store
         self._findings = findings
+        self._send = send
+
+    def prepare(self, weights: Mapping[str, Tensor], plan: Plan) -> None:
+        """What is quicker done for all that will be written together, before the first of them: on GPUs, which else
+        would be waited for at each."""
+        there = {path: weight for path, weight in weights.items() if weight.is_cuda and path in plan}
+        self._store.prove(there)
+        needed: dict[torch.device, list[Delta]] = {}
+        for path, weight in there.items():
+            needed.setdefault(weight.device, []).extend(patch.delta for patch in plan[path])
+        for device, deltas in needed.items():
+            self._send(deltas, device)
 
     def can_hold(self, path: str) -> bool:
         """Whether the weight itself can hold base + ΔW; of the others the module says what they stand for."""
@@ -44,21 +59,24 @@ class Writer:
         by_rows = self._by_rows(path, weight, patches, rounding, space)
         if by_rows is not None:
             return by_rows
-        pristine = self._store.save(path, weight)
         if patches:
-            there = on_its_device(weight, pristine)
-            return partial(self.write_sum, path, weight.detach(), there, patches, rounding, space)
-        return partial(_copy, weight, pristine)
+            pristine = self._store.fetch(path, weight)
+            return partial(self.write_sum, path, weight.detach(), pristine, patches, rounding, space)
+        return partial(self._store.put_back, weight, self._store.save(path, weight))
 
     def _by_rows(
         self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
     ) -> Callable[[], None] | None:
         """Where the base is needed no more of at a time than some rows, and can be read so."""
-        if space is None or rounding != "exact" or not (weight.is_cpu and weight.ndim and weight.is_contiguous()):
+        if space is None or rounding != "exact" or not weight.ndim or not weight.is_contiguous():
             return None
         base = self._store.readable(path, weight) if self.can_hold(path) else None
-        product = only_product(weight.detach(), patches, space) if base is not None and patches else None
-        if base is None or (patches and product is None):
+        if base is None:
+            return None
+        if weight.is_cuda and not patches:
+            return partial(self._store.put_back, weight, base)
+        product = only_product(weight.detach(), patches, space) if weight.is_cpu and patches else None
+        if not weight.is_cpu or (patches and product is None):
             return None
         return partial(write_from_file, weight.detach(), base, product, space)
 
@@ -84,10 +102,6 @@ class Writer:
             raise OverflowError("at these strengths its numbers are beyond fp32")
         out.copy_(encode(module, name, total, out.dtype))  # kept within its range
         return None
-
-
-def _copy(weight: Tensor, base: Tensor) -> None:
-    weight.copy_(base, non_blocking=may_run_on(weight, base))
 
 
 def writing(weight: Tensor) -> AbstractContextManager[object]:

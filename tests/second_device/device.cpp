@@ -128,17 +128,30 @@ void do_now(const at::Tensor& to, const at::Tensor& from) {
     target.copy_(from.is_cuda() ? seen_by_the_processor(from) : from.detach());
 }
 
-void finish(std::list<Transfer>& some, int64_t last) {
-    Lock lock(mutex);
-    while (!some.empty() && some.front().number <= last) {
-        do_now(some.front().to, some.front().from);
-        some.pop_front();
+void finish_downloads(int64_t last, const at::Tensor* into = nullptr) {
+    for (auto it = downloads.begin(); it != downloads.end();) {
+        if (it->number <= last && (!into || it->to.is_alias_of(*into))) {
+            do_now(it->to, it->from);
+            it = downloads.erase(it);
+        } else {
+            ++it;
+        }
+    }
+}
+
+void finish_uploads(int64_t last) {
+    while (!uploads.empty() && uploads.front().number <= last) {
+        const auto& next = uploads.front();
+        finish_downloads(next.number, &next.from);  // all is done in the order in which it was asked for
+        do_now(next.to, next.from);
+        uploads.pop_front();
     }
 }
 
 void finish_until(int64_t last) {
-    finish(uploads, last);
-    finish(downloads, last);
+    Lock lock(mutex);
+    finish_uploads(last);
+    finish_downloads(last);
 }
 
 void before_use(const at::Tensor& tensor) {  // of a tensor's numbers, by the device
@@ -146,8 +159,8 @@ void before_use(const at::Tensor& tensor) {  // of a tensor's numbers, by the de
     Lock lock(mutex);
     int64_t last = -1;
     for (const auto& upload : uploads)
-        if (upload.to.storage().unsafeGetStorageImpl() == tensor.storage().unsafeGetStorageImpl()) last = upload.number;
-    finish(uploads, last);
+        if (upload.to.is_alias_of(tensor)) last = upload.number;
+    finish_uploads(last);
 }
 
 void wait_for(const std::string& why) {

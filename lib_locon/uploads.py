@@ -1,0 +1,127 @@
+"""Numbers on their way from RAM to a GPU, for which nobody waits.
+
+A copy from ordinary memory lets the caller wait until the GPU has done all that it was asked before; one from pinned
+memory does not. So what is sent goes through a few pinned buffers in turn: one is filled while the GPU reads another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PART = 8 << 20  # bytes of a buffer, at most
+BUFFERS = 3
+ALIGNED = 256  # bytes, as torch's own memory there
+
+
+@dataclass
+class _Buffer:
+    numbers: Tensor
+    read: Any
+    """torch's event: that the GPU has read what it last held."""
+
+
+class Uploader:
+    """To one GPU (`device`, with its number), in the order of the stream that is current there. For one thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: list[_Buffer] = []
+
+    def send(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Contiguous copies of tensors on the CPU. Small ones lie together there: none is freed before the last."""
+        return [there for group in _groups(tensors) for there in self._send(group)]
+
+    def fill(self, out: Tensor, read: Callable[[int, Tensor], object]) -> Tensor:
+        """Fills `out`, contiguous and there, and returns it: `read(first, part)` is to write its numbers from number
+        `first` on into `part`, on the CPU. What that raises goes on, and `out` is undefined."""
+        flat = out.view(-1)
+        step = PART // out.dtype.itemsize
+        for first in range(0, len(flat), step):
+            target = flat[first : first + step]
+            with self._buffer(target.nbytes) as here:
+                part = here.view(out.dtype)
+                read(first, part)
+                target.copy_(part, non_blocking=True)
+        return out
+
+    def _send(self, group: Sequence[Tensor]) -> list[Tensor]:
+        if len(group) == 1:
+            (tensor,) = group
+            out = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            return [self.fill(out, partial(_copy_part, tensor.reshape(-1)))]
+        *starts, nbytes = accumulate((_aligned(tensor.nbytes) for tensor in group), initial=0)
+        there = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        with self._buffer(nbytes) as here:
+            for tensor, start in zip(group, starts, strict=True):
+                _at(here, start, tensor).copy_(tensor)
+            there.copy_(here, non_blocking=True)
+        return [_at(there, start, tensor) for tensor, start in zip(group, starts, strict=True)]
+
+    @contextmanager
+    def _buffer(self, nbytes: int) -> Iterator[Tensor]:
+        """Bytes that the GPU does not read any more, to be filled and sent within this."""
+        if len(self._buffers) < BUFFERS:
+            buffer = _Buffer(_pinned(nbytes), torch.cuda.Event())  # type: ignore[no-untyped-call]
+        else:
+            buffer = self._buffers.pop(0)
+            buffer.read.synchronize()
+            if len(buffer.numbers) < nbytes:
+                buffer.numbers = _pinned(nbytes)
+        self._buffers.append(buffer)
+        try:
+            yield buffer.numbers[:nbytes]
+        finally:
+            buffer.read.record(torch.cuda.current_stream(self.device))
+
+
+def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """These on `device`, in their dtypes; one that is there already is not copied."""
+    away = [tensor for tensor in tensors if tensor.device != device]
+    # gradients need torch's own way
+    if device.type != "cuda" or not all(tensor.is_cpu and not tensor.requires_grad for tensor in away):
+        return [tensor.to(device) for tensor in tensors]
+    sent = iter(Uploader(device).send(away))
+    return [tensor if tensor.device == device else next(sent) for tensor in tensors]
+
+
+def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """In their order, as many as one buffer holds; a larger one alone."""
+    group: list[Tensor] = []
+    nbytes = 0
+    for tensor in tensors:
+        size = _aligned(tensor.nbytes)
+        if group and nbytes + size > PART:
+            yield group
+            group, nbytes = [], 0
+        group.append(tensor)
+        nbytes += size
+    if group:
+        yield group
+
+
+def _copy_part(flat: Tensor, first: int, part: Tensor) -> None:
+    part.copy_(flat[first : first + len(part)])
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNED) * ALIGNED
+
+
+def _at(memory: Tensor, start: int, like: Tensor) -> Tensor:
+    """The part of `memory` (bytes) from `start` on, as a tensor like that."""
+    return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _pinned(nbytes: int) -> Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    except RuntimeError:  # the system pins no more: each copy is then waited for, by torch itself
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

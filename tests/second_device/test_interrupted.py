@@ -1,0 +1,105 @@
+"""All or nothing on a GPU: interrupts at every operation, and a checkpoint file that is lost meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lib_locon
+from lib_locon.errors import PatchError
+from lib_locon.patching.store import Policy
+from tests.conftest import WriteAdapter
+from tests.second_device.device import DEVICES
+from tests.second_device.test_sets import parameters, same
+from tests.second_device.test_waits import POLICIES, factors, layers
+from tests.test_store import checkpoint, source_of
+
+
+class Interrupt(TorchDispatchMode):
+    """Ctrl-C before the operation of that number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def held(write_adapter: WriteAdapter, tmp_path: Path) -> Callable[..., tuple[nn.Module, lib_locon.Session, Any, Any]]:
+    """held(policy) -> a model on a GPU, its session, and two sets, of LoRA and of DoRA."""
+
+    def make(policy: Policy) -> tuple[nn.Module, lib_locon.Session, Any, Any]:
+        model = layers(2)
+        source = source_of(checkpoint(tmp_path / "model.safetensors", model.state_dict()))
+        session = lib_locon.Session(model.to(DEVICES[0]))
+        session.engine.store.policy, session.engine.store.source = policy, source
+        sets = []
+        for kind in ("lora", "dora"):
+            generator = torch.Generator().manual_seed(1)
+            modules = {name: factors(kind, layer.weight, generator) for name, layer in model.to("cpu").items()}
+            path = write_adapter(tmp_path / f"{kind}.safetensors", modules)
+            sets.append([lib_locon.Use(lib_locon.load(path), lib_locon.Strengths.both(0.7))])
+        model.to(DEVICES[0])
+        return model, session, *sets
+
+    return make
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_interrupt_at_any_operation_leaves_the_base(policy: Policy, held: Callable[..., Any]) -> None:
+    model, session, one, other = held(policy)
+    base = parameters(model)
+    session.apply(one)
+    patched = parameters(model)
+    points = []
+    for uses, before in ((one, []), (other, one), ([], other)):  # a first set, another one, none
+        for number in range(1, 1000):
+            session.apply(before)
+            try:
+                with Interrupt(number):
+                    session.apply(uses)
+            except KeyboardInterrupt:
+                assert same(model, base)
+                assert not session.active
+            else:
+                points.append(number)
+                break
+    assert len(points) == 3
+    assert min(points) > 3  # two layers, and what is asked of each
+    session.apply(one)
+    assert same(model, patched)
+    session.restore()
+    assert same(model, base)
+
+
+def test_a_file_that_is_lost_meanwhile_is_said_and_nothing_wrong_is_written(
+    held: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, session, one, other = held("checkpoint")
+    base = parameters(model)
+    session.apply(one)
+    before = parameters(model)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    for uses in (other, []):
+        with pytest.raises(PatchError, match="load the checkpoint again"):
+            session.apply(uses)
+    now = parameters(model)
+    for name in base:
+        assert any(torch.equal(now[name], numbers[name]) for numbers in (base, before)), name
+    model.load_state_dict({name: tensor.to(DEVICES[0]) for name, tensor in base.items()})  # as it says
+    session.apply([])
+    assert not session.active
+    assert same(model, base)

@@ -1,0 +1,152 @@
+"""What a change asks of a GPU: how often it is waited for, and what it is sent, does not grow with the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lib_locon
+from lib_locon.patching.memory import Pinned
+from lib_locon.patching.store import Policy
+from lib_locon.uploads import ALIGNED, BUFFERS, PART, Uploader
+from tests.conftest import WriteAdapter
+from tests.second_device.device import DEVICES, counted
+from tests.test_store import checkpoint, source_of
+
+RANK = 4
+KINDS = ("lora", "dora", "loha", "lokr")
+POLICIES: tuple[Policy, ...] = ("ram", "device", "checkpoint")
+Make = Callable[[int, str, int], lib_locon.Adapter]
+
+
+def layers(number: int) -> nn.Module:
+    made = {f"layer{i}": nn.Linear(64, 64) if i % 2 else nn.Conv2d(32, 32, 3) for i in range(number)}
+    return nn.ModuleDict(made).half().requires_grad_(False)
+
+
+@pytest.fixture
+def adapter(write_adapter: WriteAdapter, tmp_path: Path) -> Make:
+    """adapter(layers, kind, seed) -> an adapter for all of them."""
+
+    def make(number: int, kind: str, seed: int) -> lib_locon.Adapter:
+        generator = torch.Generator().manual_seed(seed)
+        modules = {name: factors(kind, layer.weight, generator) for name, layer in layers(number).items()}
+        return lib_locon.load(write_adapter(tmp_path / f"{kind}{seed}.safetensors", modules))
+
+    return make
+
+
+def factors(kind: str, weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    (out, channels), kernel, ones = weight.shape[:2], weight.shape[2:], (1,) * (weight.ndim - 2)
+
+    def some(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / 20).half()
+
+    if kind == "loha":
+        shapes = {"w1_a": (out, RANK), "w1_b": (RANK, weight[0].numel())}
+        shapes |= {"w2_a": (out, RANK), "w2_b": (RANK, weight[0].numel())}
+        return {f"hada_{name}": some(*shape) for name, shape in shapes.items()}
+    if kind == "lokr":
+        return {"lokr_w1": some(4, 4), "lokr_w2": some(out // 4, channels // 4, *kernel)}
+    found = {"lora_up.weight": some(out, RANK, *ones), "lora_down.weight": some(RANK, channels, *kernel)}
+    return found | ({"dora_scale": some(out, 1, *ones) + 1} if kind == "dora" else {})
+
+
+def costs(number: int, kind: str, policy: Policy, adapter: Make, folder: Path) -> dict[str, dict[str, int]]:
+    model = layers(number)
+    source = source_of(checkpoint(folder / "model.safetensors", model.state_dict()))
+    session = lib_locon.Session(model.to(DEVICES[0]))
+    session.engine.store.policy, session.engine.store.source = policy, source
+    first, second = adapter(number, kind, 1), adapter(number, kind, 2)
+    sets = {"first": (first, 1.0), "strength": (first, 0.5), "another": (second, 1.0), "same": (second, 1.0)}
+    sets |= {"none": (second, 0.0), "from base": (second, 1.0)}
+    found = {}
+    for name, (what, strength) in sets.items():
+        counted()
+        session.apply([lib_locon.Use(what, lib_locon.Strengths.both(strength))])
+        found[name] = counted()
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_waits_for_the_gpu_as_often_for_few_layers_as_for_many(
+    kind: str, policy: Policy, adapter: Make, tmp_path: Path
+) -> None:
+    few, many = (costs(number, kind, policy, adapter, tmp_path) for number in (4, 20))
+    waits = {name: cost.get("waits", 0) for name, cost in many.items()}
+    assert waits == {name: cost.get("waits", 0) for name, cost in few.items()}
+    # for what is on its way from or to RAM; for the extremes of DoRA's sums; for all proofs of the base
+    proofs, extremes = policy == "checkpoint", kind == "dora"
+    assert max(waits.values()) <= 1 + extremes + proofs
+    assert waits["strength"] == (policy != "device") + extremes
+    assert many["same"] == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_are_sent_once_for_an_adapter_and_all_together(kind: str, adapter: Make, tmp_path: Path) -> None:
+    found = costs(20, kind, "device", adapter, tmp_path)
+    # at strength 0 its adapter is still in use
+    assert {name: cost.get("uploads", 0) for name, cost in found.items()} == {
+        "first": 1, "strength": 0, "another": 1, "same": 0, "none": 0, "from base": 0,
+    }  # fmt: skip
+    sent = factors(kind, layers(2)["layer0"].weight, torch.Generator()).values()
+    sent = [*sent, *factors(kind, layers(2)["layer1"].weight, torch.Generator()).values()]
+    exact = 10 * sum(tensor.nbytes for tensor in sent)
+    assert exact <= found["first"]["uploaded bytes"] < exact + 10 * len(sent) * ALIGNED
+
+
+def test_beside_the_layers_nothing_is_waited_for(adapter: Make) -> None:
+    model = layers(20).to(DEVICES[0])
+    session = lib_locon.Session(model, side_path=True)
+    x, found = torch.rand(2, 64, device=DEVICES[0]).half(), adapter(20, "lora", 1)
+    counted()
+    for strength in (1.0, 0.5):
+        session.apply([lib_locon.Use(found, lib_locon.Strengths.both(strength))])
+        for number in range(1, 20, 2):
+            model[f"layer{number}"](x)
+    cost = counted()
+    assert "waits" not in cost
+    assert cost["uploads"] == 10
+
+
+def test_what_is_sent_arrives_however_large_it_is() -> None:
+    sizes = [(3, 5), (0, 7), (PART // 2 + 1,), (2, PART), (64,), (PART // 4 - 1,), (7, 1, 3)]
+    dtypes = [torch.float16, torch.float32, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    there = [torch.randint(0, 255, size).to(dtype) for size, dtype in zip(sizes, dtypes, strict=True)]
+    there.append(torch.rand(40, 30).t())  # its numbers in another order
+    for _ in range(2):
+        sent = Uploader(DEVICES[1]).send(there)
+        assert all(tensor.device == DEVICES[1] and tensor.is_contiguous() for tensor in sent)
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(sent, there, strict=True))
+        assert [(one.dtype, one.shape) for one in sent] == [(other.dtype, other.shape) for other in there]
+
+
+def test_sending_takes_a_few_buffers_of_pinned_memory() -> None:
+    before = torch.ops.second_device.pinned_bytes()
+    uploader = Uploader(DEVICES[0])
+    sent = uploader.send([torch.full((PART,), number) for number in range(10)])
+    assert torch.ops.second_device.pinned_bytes() - before <= BUFFERS * PART
+    assert [int(tensor[-1]) for tensor in sent] == list(range(10))
+
+
+def test_pinned_copies_take_hardly_more_than_their_weights() -> None:
+    before = torch.ops.second_device.pinned_bytes()
+    pinned = Pinned()
+    shapes = [(320, 320, 3, 3), (1280, 640, 3, 3), (1280, 1280), (320,), (1280, 768)] * 12
+    copies = [pinned.take(shape, torch.float16) for shape in shapes]
+    exact = sum(copy.nbytes for copy in copies if copy is not None)
+    taken = torch.ops.second_device.pinned_bytes() - before
+    assert exact <= taken < 1.1 * exact
+    assert taken - exact - pinned.unused < 60 * ALIGNED * 2
+    for number, copy in enumerate(copies):
+        assert copy is not None
+        copy.fill_(number)
+    assert all(bool((copy == number).all()) for number, copy in enumerate(copies))
+    pinned.free()
+    del copies, copy
+    assert torch.ops.second_device.pinned_bytes() == before
