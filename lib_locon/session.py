@@ -133,14 +133,15 @@ class Session:
                 merged, beside = self.side.split(plan, side=self.side_path, findings=findings)
                 for rival in state.living_rivals():
                     state.engine.refuse_changed_by(rival.engine, merged)
-                state.layers += [item.layer for found in matches for item in found.matched]
+                used = {id(item.layer): item.layer for found in matches for item in found.matched}
+                state.layers.update(used)
                 written = self.side.set(beside) + self.engine.apply(merged, rounding, findings)
             except BaseException:
                 self.restore()  # half of a set is no set, and neither is the one before
                 raise
             # the uses are kept beside their ids: while they live, no other adapter can get one of these
             state.last = _Last(asked, Report(reports), tuple(uses), self.engine.generation)
-            state.let_go({id(item.layer) for found in matches for item in found.matched})
+            state.let_go(used)
             return Report(reports, written=written)
 
     def restore(self) -> None:
@@ -191,8 +192,8 @@ class _State:
     engine: Engine
     side: SidePath
     last: _Last | None = None
-    layers: list[Layer] = field(default_factory=list)
-    """Those that may have factors on the model's device."""
+    layers: dict[int, Layer] = field(default_factory=dict)
+    """By id, those that may have factors on the model's device."""
     matches: weakref.WeakKeyDictionary[Adapter, Match] = field(default_factory=weakref.WeakKeyDictionary)
     lock: threading.RLock = field(default_factory=threading.RLock)
     rivals: tuple[weakref.ref[_State], ...] = ()
@@ -230,11 +231,9 @@ class _State:
 
     def let_go(self, but: Collection[int] = ()) -> None:
         """Frees the factors on other devices of all layers but these (by id)."""
-        layers, self.layers = self.layers, []
-        for layer in layers:
-            if id(layer) in but:
-                self.layers.append(layer)
-            else:
+        for known in self.layers.keys() - but:
+            layer = self.layers.pop(known, None)
+            if layer is not None:
                 layer.release()
 
 

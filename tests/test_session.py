@@ -62,6 +62,27 @@ def test_a_model_is_freed_though_sessions_and_adapters_live(tmp_path: Path) -> N
     assert session is not None
 
 
+def test_what_is_kept_does_not_grow_with_the_changes(tmp_path: Path) -> None:
+    """A curve changes its strength at each step of each image; 20 images of 20 steps."""
+    one = model()
+    session, found = lib_locon.Session(one), adapter(tmp_path)
+
+    def apply(step: int) -> None:
+        session.apply([lib_locon.Use(found, lib_locon.Strengths.both(1 + step / 1000))])
+
+    def kept() -> list[tuple[object, int]]:
+        parts = (session._state, session.engine, session.engine.store, session.side)
+        held = [(part, name, value) for part in parts for name, value in vars(part).items()]
+        return [((type(part), name), len(value)) for part, name, value in held if hasattr(value, "__len__")]
+
+    apply(0)
+    before = kept()
+    assert len(before) > 5
+    for step in range(1, 400):
+        apply(step)
+    assert kept() == before
+
+
 def test_a_network_that_only_resembles_a_pipeline_is_taken_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     tensors = {}

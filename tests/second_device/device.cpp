@@ -61,28 +61,36 @@ void* filled(std::size_t bytes, int byte) {
     return memory;
 }
 
-struct DeviceMemory final : public at::Allocator {
-    c10::DataPtr allocate(std::size_t bytes) override {
-        {
-            Lock lock(mutex);
-            TORCH_CHECK(allocations_left != 0 || within, "CUDA out of memory");
-            if (allocations_left > 0 && !within) --allocations_left;
-        }
-        void* memory = filled(bytes, 0xAB);
-        return {memory, memory, &std::free, c10::Device(c10::kCUDA, current)};
-    }
-    void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
-} device_memory;
+using Blocks = std::map<const char*, std::size_t>;
+Blocks pinned, taken;  // by their first address; `taken` of the devices
 
-std::map<const char*, std::size_t> pinned;
-
-void unpin(void* memory) {
+template <Blocks& blocks>
+void give_back(void* memory) {
     {
         Lock lock(mutex);
-        pinned.erase(static_cast<const char*>(memory));
+        blocks.erase(static_cast<const char*>(memory));
     }
     std::free(memory);
 }
+
+int64_t total(const Blocks& blocks) {
+    Lock lock(mutex);
+    int64_t sum = 0;
+    for (const auto& [_, bytes] : blocks) sum += static_cast<int64_t>(bytes);
+    return sum;
+}
+
+struct DeviceMemory final : public at::Allocator {
+    c10::DataPtr allocate(std::size_t bytes) override {
+        Lock lock(mutex);
+        TORCH_CHECK(allocations_left != 0 || within, "CUDA out of memory");
+        if (allocations_left > 0 && !within) --allocations_left;
+        void* memory = filled(bytes, 0xAB);
+        if (memory) taken[static_cast<const char*>(memory)] = bytes;
+        return {memory, memory, &give_back<taken>, c10::Device(c10::kCUDA, current)};
+    }
+    void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
+} device_memory;
 
 struct PinnedMemory final : public at::Allocator {
     c10::DataPtr allocate(std::size_t bytes) override {
@@ -92,7 +100,7 @@ struct PinnedMemory final : public at::Allocator {
         void* memory = filled(whole, 0xCD);
         Lock lock(mutex);
         pinned[static_cast<const char*>(memory)] = whole;
-        return {memory, memory, &unpin, c10::Device(c10::kCPU)};
+        return {memory, memory, &give_back<pinned>, c10::Device(c10::kCPU)};
     }
     void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
 } pinned_memory;
@@ -370,12 +378,8 @@ TORCH_LIBRARY(second_device, library) {
         counts.clear();
         return text.str();
     });
-    library.def("pinned_bytes() -> int", []() -> int64_t {
-        Lock lock(mutex);
-        int64_t sum = 0;
-        for (const auto& [_, bytes] : pinned) sum += static_cast<int64_t>(bytes);
-        return sum;
-    });
+    library.def("pinned_bytes() -> int", [] { return total(pinned); });
+    library.def("taken_bytes() -> int", [] { return total(taken); });
     library.def("fail_after(int allocations) -> ()", [](int64_t number) { allocations_left = number; });
     library.def("now() -> int", [] { return transfers; });
     library.def("finish(int last) -> ()", [](int64_t last) { finish_until(last); });

@@ -100,6 +100,27 @@ def test_factors_are_sent_once_for_an_adapter_and_all_together(kind: str, adapte
     assert exact <= found["first"]["uploaded bytes"] < exact + 10 * len(sent) * ALIGNED
 
 
+@pytest.mark.parametrize("side", [False, True])
+def test_nothing_of_an_adapter_stays_on_a_gpu_when_it_is_gone(side: bool, adapter: Make) -> None:
+    model = layers(20).to(DEVICES[0])
+    session = lib_locon.Session(model, side_path=side)
+    session.engine.store.policy = "ram"
+    first, second = adapter(20, "lora", 1), adapter(20, "lora", 2)
+    x = torch.rand(2, 64, device=DEVICES[0]).half()
+    before = torch.ops.second_device.taken_bytes(), torch.ops.second_device.pinned_bytes()
+    taken = []
+    for what in (first, second, first):
+        for step in range(3):
+            session.apply([lib_locon.Use(what, lib_locon.Strengths.both(1 + step / 10))])
+            for number in range(1, 20, 2):
+                model[f"layer{number}"](x)
+            taken.append(torch.ops.second_device.taken_bytes())
+    assert len(set(taken)) == 1
+    assert taken[0] > before[0]
+    session.restore()
+    assert (torch.ops.second_device.taken_bytes(), torch.ops.second_device.pinned_bytes()) == before
+
+
 def test_beside_the_layers_nothing_is_waited_for(adapter: Make) -> None:
     model = layers(20).to(DEVICES[0])
     session = lib_locon.Session(model, side_path=True)
