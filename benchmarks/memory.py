@@ -1,4 +1,4 @@
-"""How much anonymous memory this process holds: weights, copies and temporaries, without mapped files."""
+"""How much anonymous memory this process holds: weights, copies and temporaries, without mapped files; and a GPU's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 INTERVAL = 0.002  # seconds between two looks; a temporary of one large weight lives longer than this
 _STATUS = Path("/proc/self/status")
@@ -59,6 +61,19 @@ def watch(enabled: bool = True) -> Iterator[Peak]:
         done.set()
         thread.join()
         peak.over_rest = seen[0] - rest
+
+
+@contextmanager
+def watch_gpu(device: torch.device, enabled: bool = True) -> Iterator[Peak]:
+    """The same of a GPU's memory, as torch gives it out."""
+    peak = Peak()
+    if not enabled or device.type != "cuda":
+        yield peak
+        return
+    rest = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield peak
+    peak.over_rest = torch.cuda.max_memory_allocated(device) - rest
 
 
 def _field(path: Path, name: str) -> int | None:

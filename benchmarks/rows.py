@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lib_locon
 from benchmarks import adapters
-from benchmarks.memory import settle, watch
+from benchmarks.memory import settle, watch, watch_gpu
 from benchmarks.models import save_checkpoint
 from lib_locon.arithmetic import multiplier
 from lib_locon.patching.store import Policy
@@ -84,6 +84,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     floors: list[float] = field(default_factory=list)
     peak: int | None = None
+    gpu_peak: int | None = None
     written: int = 0
 
 
@@ -101,6 +102,7 @@ class Rig:
             self.session.read_bases_from(save_checkpoint(model, folder / "model.safetensors"))
         parameters = dict(model.named_parameters())
         self.touched = [parameters[path] for path in adapters.trained(self.session.table).values()]
+        self.device = self.touched[0].device
         self.pristine: list[Tensor] = [weight.detach().clone() for weight in self.touched]
         self.adapters: dict[tuple[str, int], lib_locon.Adapter] = {}
         for tag in sorted({(tag.kind, tag.copy) for row in self.rows.values() for tag in (*row.before, *row.after)}):
@@ -121,11 +123,17 @@ class Rig:
 
     def floor(self) -> float:
         """Seconds for one plain copy of the touched weights; the model must hold its base, and does so after."""
-        start = perf_counter()
+        start = self.now()
         with torch.no_grad():
             for weight, base in zip(self.touched, self.pristine, strict=True):
                 weight.copy_(base)
-        return perf_counter() - start
+        return self.now() - start
+
+    def now(self) -> float:
+        """In seconds, when a GPU has done what it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
 
     def arithmetic(self, row: str) -> float:
         """Seconds that the products of a row take at the rate of large ones: no change can be faster than that."""
@@ -134,12 +142,12 @@ class Rig:
     @cached_property
     def rate(self) -> float:
         """Multiplications with addition per second in fp32, of the best of some large products."""
-        left, right = torch.rand(2, SIDE, SIDE)
+        left, right = torch.rand(2, SIDE, SIDE, device=self.device)
         multiply, best = multiplier(right), math.inf
         for _ in range(5):
-            start = perf_counter()
+            start = self.now()
             multiply(left)
-            best = min(best, perf_counter() - start)
+            best = min(best, self.now() - start)
         return SIDE**3 / best
 
     def change(self, row: str, into: Measured, *, memory: bool = False) -> None:
@@ -147,13 +155,13 @@ class Rig:
         steps = [self.uses(self.rows[row].at(step)) for step in range(self.rows[row].steps)]
         self.session.apply(self.uses(self.rows[row].before))
         settle()
-        with watch(memory) as peak:
-            start = perf_counter()
+        with watch(memory) as peak, watch_gpu(self.device, memory) as gpu_peak:
+            start = self.now()
             written = sum(self.session.apply(uses).written for uses in steps)
-            seconds = perf_counter() - start
+            seconds = self.now() - start
         into.written = written
         if memory:
-            into.peak = peak.over_rest
+            into.peak, into.gpu_peak = peak.over_rest, gpu_peak.over_rest
         else:
             into.seconds.append(seconds)
 
@@ -189,7 +197,7 @@ def as_json(name: str, dtype: str, found: Measured, arithmetic: float) -> dict[s
     The ratio is the median of those of the rounds: the memory of a shared machine has fast and slow minutes, and a row
     of one must not be held against the floor of another.
     """
-    anon = None if found.peak is None else round(found.peak / 2**20, 1)
+    anon, gpu = (None if peak is None else round(peak / 2**20, 1) for peak in (found.peak, found.gpu_peak))
     ratios = [
         seconds / floor if floor else math.inf for seconds, floor in zip(found.seconds, found.floors, strict=True)
     ]
@@ -200,5 +208,6 @@ def as_json(name: str, dtype: str, found: Measured, arithmetic: float) -> dict[s
         "ratio": median(ratios),
         "arithmetic": arithmetic / median(found.floors) if found.floors and median(found.floors) else math.inf,
         "anon_mib": anon,
+        "gpu_mib": gpu,
         "written": found.written,
     }

@@ -50,14 +50,24 @@ def result() -> dict[str, Any]:
 
 
 def test_form(result: dict[str, Any]) -> None:
-    assert list(result) == ["model", "torch", "threads", "start", "policy", "floor_seconds", "rows"]
+    assert list(result) == [
+        "model",
+        "torch",
+        "threads",
+        "device",
+        "start",
+        "policy",
+        "floor_seconds",
+        "floor_gbs",
+        "rows",
+    ]
     assert result["model"] == "tiny"
     assert result["threads"] >= 1
     assert result["floor_seconds"].keys() == {"fp32"}
     assert [row["name"] for row in result["rows"]] == ASKED
     for row in result["rows"]:
         assert row["dtype"] == "fp32"
-        assert row.keys() == {"name", "dtype", "seconds", "ratio", "arithmetic", "anon_mib", "written"}
+        assert row.keys() == {"name", "dtype", "seconds", "ratio", "arithmetic", "anon_mib", "gpu_mib", "written"}
         assert (row["arithmetic"] > 0) == (row["name"] == "locon-r8")
         assert row["arithmetic"] < row["ratio"], "no change is faster than its products"
 

@@ -13,6 +13,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <list>
@@ -80,6 +81,8 @@ int64_t total(const Blocks& blocks) {
     return sum;
 }
 
+int64_t most = 0;  // of `taken`, since it was last asked to begin anew
+
 struct DeviceMemory final : public at::Allocator {
     c10::DataPtr allocate(std::size_t bytes) override {
         Lock lock(mutex);
@@ -87,6 +90,7 @@ struct DeviceMemory final : public at::Allocator {
         if (allocations_left > 0 && !within) --allocations_left;
         void* memory = filled(bytes, 0xAB);
         if (memory) taken[static_cast<const char*>(memory)] = bytes;
+        most = std::max(most, total(taken));
         return {memory, memory, &give_back<taken>, c10::Device(c10::kCUDA, current)};
     }
     void copy_data(void* to, const void* from, std::size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -380,6 +384,8 @@ TORCH_LIBRARY(second_device, library) {
     });
     library.def("pinned_bytes() -> int", [] { return total(pinned); });
     library.def("taken_bytes() -> int", [] { return total(taken); });
+    library.def("most_bytes() -> int", [] { return most; });
+    library.def("begin_anew() -> ()", [] { most = total(taken); });
     library.def("fail_after(int allocations) -> ()", [](int64_t number) { allocations_left = number; });
     library.def("now() -> int", [] { return transfers; });
     library.def("finish(int last) -> ()", [](int64_t last) { finish_until(last); });

@@ -64,6 +64,10 @@ def load(library: Path) -> None:
     cuda.device_count, cuda.current_device = lambda: len(DEVICES), lambda: 0
     cuda.Event, cuda.current_stream = Event, lambda device=None: Stream()
     cuda.synchronize = lambda device=None: torch.ops.second_device.wait()
+    cuda.get_device_name = lambda device=None: "second device"
+    cuda.memory_allocated = lambda device=None: torch.ops.second_device.taken_bytes()
+    cuda.max_memory_allocated = lambda device=None: torch.ops.second_device.most_bytes()
+    cuda.reset_peak_memory_stats = lambda device=None: torch.ops.second_device.begin_anew()
 
 
 def counted() -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lib_locon
+from benchmarks import switch
 from lib_locon.patching.memory import Pinned
 from lib_locon.patching.store import Policy
 from lib_locon.uploads import ALIGNED, BUFFERS, PART, Uploader
@@ -171,3 +172,16 @@ def test_pinned_copies_take_hardly_more_than_their_weights() -> None:
     pinned.free()
     del copies, copy
     assert torch.ops.second_device.pinned_bytes() == before
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_benchmark_runs_on_a_gpu(policy: Policy) -> None:
+    """And is right there: it looks at the weights itself. Its seconds are this device's, which are nobody's."""
+    rows = ["locon-r8", "strength", "remove", "same"]
+    found = switch.measure("tiny", ["fp16"], rows, 1, "other", policy, "cuda")
+    assert found["device"] == "second device"
+    assert "second device" in switch.table(found)
+    assert [row["name"] for row in found["rows"]] == rows
+    taken = {row["name"]: row["gpu_mib"] for row in found["rows"]}
+    assert taken["same"] == 0
+    assert taken["locon-r8"] > taken["remove"] >= 0
