@@ -15,6 +15,7 @@ install.py bench` prepares the versions that are pinned for it and does the same
     memory             benchmarks.memory_bars
     compared           benchmarks.compared
     cards              benchmarks.cards with 10,000 files
+    gpu-sd15, gpu-sdxl benchmarks.switch in fp16 on a GPU with the base beside the model; left out where there is none
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 
 import lib_locon
-from benchmarks.report_page import page
+from benchmarks.report_page import GPU, page
 from benchmarks.switch import names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +52,9 @@ MEASUREMENTS: dict[str, tuple[str, ...]] = {
 }
 WITHOUT_MODEL = ("cards",)
 """Those that need none, and so take no `--model`."""
+_GPU = ("--dtype", "fp16", "--rounds", "20", "--device", "cuda", "--policy", "device")
+ON_A_GPU = {name: ("benchmarks.switch", "--model", name.removeprefix("gpu-"), *_GPU) for name in GPU}
+MEASUREMENTS.update(ON_A_GPU)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     options.results.mkdir(parents=True, exist_ok=True)
     for name in options.measure:
+        if name in ON_A_GPU and not torch.cuda.is_available():
+            print(f"{name}: left out, torch finds no GPU here", file=sys.stderr)
+            continue
         command = [*MEASUREMENTS[name], "--json"]
         if options.model and "--model" not in command and name not in WITHOUT_MODEL:
             command += ["--model", options.model]

@@ -22,6 +22,8 @@ BARS: Mapping[str, tuple[float, float, float]] = {
 SAME_SECONDS = 0.001
 """The bar of the row `same`, which may write nothing either."""
 DTYPES = ("fp32", "bf16", "fp16")
+GPU = ("gpu-sd15", "gpu-sdxl")
+"""The measurements on one."""
 WHAT: Mapping[str, str] = {
     "locon-r8": "one LoCon, rank 8",
     "locon-r32": "one LoCon, rank 32",
@@ -166,5 +168,31 @@ def _memory(result: Mapping[str, Any]) -> Iterator[str]:
 def _gpu(results: Results) -> Iterator[str]:
     yield "## GPU"
     yield ""
-    with_one = [name for name, found in results.items() if found["machine"]["gpu"] != "none"]
-    yield "None measured: " + ("the benchmarks run on the CPU." if with_one else "these machines have none.")
+    found = {name: results[name] for name in GPU if name in results}
+    if not found:
+        yield "None measured. Where there is one: `python -m benchmarks.report --measure gpu-sd15,gpu-sdxl`. What a"
+        yield "change asks of a GPU is tested without one: it is waited for once, and factors are sent once"
+        yield "(`tests/second_device`)."
+        return
+    yield "fp16, the base kept on the GPU. Milliseconds of one change, medians; after them the share of the memory's"
+    yield "bandwidth that it gets, where a plain copy of the touched weights (the floor) gets all that it can."
+    for name, measured in found.items():
+        yield ""
+        if (why := missing(measured)) is not None:
+            yield f"{name}: {why}"
+            continue
+        result = measured["result"]
+        (dtype,) = result["floor_seconds"]
+        floor, speed = result["floor_seconds"][dtype], result["floor_gbs"][dtype]
+        yield f"{result['model']} on {result['device']}. Floor: {1000 * floor:.2f} ms, {speed:.0f} GB/s."
+        yield ""
+        rows = [
+            [
+                WHAT.get(row["name"], row["name"]),
+                f"{1000 * row['seconds']:.2f} ms",
+                "–" if not row["written"] else f"{1 / row['ratio']:.0%}",
+                "?" if row["gpu_mib"] is None else f"{row['gpu_mib']:.0f} MiB",
+            ]
+            for row in result["rows"]
+        ]
+        yield from table(["change", "time", "share", "more memory"], rows)

@@ -287,6 +287,23 @@ def test_what_could_not_be_measured_is_said_with_the_reason() -> None:
     assert "Not measured: python -m benchmarks.switch: error: 'locon-r9'" in page({"switch-base": found})
 
 
+def test_what_a_gpu_took_is_said_in_milliseconds(result: dict[str, Any]) -> None:
+    assert "None measured" in page({"switch-base": measured(result)})
+    there = {**result, "device": "a card", "floor_seconds": {"fp16": 0.0031}, "floor_gbs": {"fp16": 2600.0}}
+    rows = [{**row, "seconds": 0.0123, "ratio": 4.0, "gpu_mib": 17.0} for row in result["rows"]]
+    text = page({"gpu-sdxl": measured({**there, "rows": rows})})
+    assert "on a card. Floor: 3.10 ms, 2600 GB/s." in text
+    assert "| one LoCon, rank 8 | 12.30 ms | 25% | 17 MiB |" in text
+    assert "| the same set again | 12.30 ms | – | 17 MiB |" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_measurements_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--measure", "gpu-sdxl", "--results", str(tmp_path / "results"), "--out", str(tmp_path / "page.md")]
+    assert report.main(asked) == 1
+    assert "torch finds no GPU here" in capsys.readouterr().err
+
+
 def test_the_page_in_the_repository_is_that_of_its_results() -> None:
     assert report.PAGE.read_text(encoding="utf8") == page(report.read(report.RESULTS))
 
