@@ -124,7 +124,7 @@ class Session:
                 return last.report
             state.last = None
             try:
-                matches = [self.match(use.adapter) for use in uses]
+                matches = self._matches([use.adapter for use in uses])
                 pairs = list(zip(uses, matches, strict=True))
                 patches = [use.patch(item) for use, found in pairs for item in found.matched]
                 plan = make_plan(patches, as_given=rounding == "builtin")
@@ -162,12 +162,19 @@ class Session:
         return self.engine.active or self.side.active
 
     def match(self, adapter: Adapter) -> Match:
-        """What of the adapter fits the model; worked out once per adapter."""
-        with self._state.lock:
-            found = self._state.matches.get(adapter)
-            if found is None:
-                found = self._state.matches[adapter] = match_model(adapter, self.table, self.side)
-            return found
+        """What of the adapter fits the model; worked out once per adapter, as long as the weights keep their form."""
+        return self._matches([adapter])[0]
+
+    def _matches(self, adapters: Sequence[Adapter]) -> list[Match]:
+        state = self._state
+        with state.lock:
+            forms = self.engine.forms()
+            if forms != state.forms:  # another dtype: what could be merged may not be any more, and the other way round
+                state.forms, state.matches = forms, weakref.WeakKeyDictionary()
+            for adapter in adapters:
+                if adapter not in state.matches:
+                    state.matches[adapter] = match_model(adapter, self.table, self.side)
+            return [state.matches[adapter] for adapter in adapters]
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +201,8 @@ class _State:
     last: _Last | None = None
     layers: dict[int, Layer] = field(default_factory=dict)
     """By id, those that may have factors on the model's device."""
+    forms: object = None
+    """How the weights were stored when these were worked out."""
     matches: weakref.WeakKeyDictionary[Adapter, Match] = field(default_factory=weakref.WeakKeyDictionary)
     lock: threading.RLock = field(default_factory=threading.RLock)
     rivals: tuple[weakref.ref[_State], ...] = ()

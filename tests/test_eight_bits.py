@@ -154,3 +154,25 @@ def test_dora_on_int8_with_a_scale_for_each_output(use: Callable[..., lib_locon.
     session.restore()
     assert (weights(model), hooked(model)) == (pristine, [])
     assert torch.equal(layer.value(), base)
+
+
+def test_what_is_said_of_an_adapter_is_true_after_the_host_changed_the_dtype(use: Callable[..., lib_locon.Use]) -> None:
+    """The webui's option for fp8 turns the weights of the model that is loaded."""
+    model = nn.ModuleDict({"linear": nn.Linear(8, 6)}).half().requires_grad_(False)
+    layer = model["linear"]
+    plain = layer.weight.detach().clone()
+    session = lib_locon.Session(model)
+    dora = use("dora", {"linear": around(tensors_of("lora", (6, 8)), plain)}, 1.0)
+
+    def said() -> tuple[int, bool]:
+        (adapter,) = session.apply([dora]).adapters
+        session.apply([])
+        return adapter.used, any("rounded to 8 bits" in note for note in adapter.notes)
+
+    assert said() == (1, False)
+    layer.weight = nn.Parameter(plain.to(FP8), requires_grad=False)
+    assert said() == (1, True)
+    layer.weight = nn.Parameter(plain.float().mul(100).to(torch.int8), requires_grad=False)  # and no scale
+    assert said() == (0, False)
+    layer.weight = nn.Parameter(plain, requires_grad=False)
+    assert said() == (1, False)

@@ -83,6 +83,10 @@ class Engine:
         """Whether the two may write the same weights: of a model, and of a part of it."""
         return self._weights.shares(other._weights)
 
+    def forms(self) -> object:
+        """How the weights are stored: equal ones, no ΔW has another way to its weight."""
+        return self._weights.forms()
+
     def is_of(self, model: nn.Module) -> bool:
         """Whether the model has the modules that it had when this was made."""
         return self._weights.are_of(model)

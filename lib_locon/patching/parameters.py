@@ -74,6 +74,11 @@ class Parameters:
                 found[path] = self.weight(path)
         return found
 
+    def forms(self) -> tuple[object, ...]:
+        """Path, type and dtype of each that is there; a module may have none in the place of a bias."""
+        found = self.found(self._owners)
+        return tuple((path, type(weight), getattr(weight, "dtype", None)) for path, weight in found.items())
+
     def are_of(self, model: nn.Module) -> bool:
         """Whether the model still has the modules that it had, at their places."""
         now = {
