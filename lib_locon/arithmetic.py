@@ -185,6 +185,14 @@ def _by_rows() -> Callable[[Tensor, Tensor, Tensor, Tensor, int], None] | None:
     return compiled
 
 
+@contextmanager
+def for_later() -> Iterator[None]:
+    """What is made within can be written into later, in any mode: torch refuses that, outside of inference mode, for a
+    tensor that was made in it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def without_autocast(device: str) -> AbstractContextManager[object]:
     """Operations keep the dtypes of their arguments."""
     asked = getattr(torch.amp, "is_autocast_available", None)  # torch 2.4

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import for_later
+
 PART = 8 << 20  # bytes of a buffer, at most
 BUFFERS = 3
 ALIGNED = 256  # bytes, as torch's own memory there
@@ -121,7 +123,8 @@ def _at(memory: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _pinned(nbytes: int) -> Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    except RuntimeError:  # the system pins no more: each copy is then waited for, by torch itself
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    with for_later():
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        except RuntimeError:  # the system pins no more: each copy is then waited for, by torch itself
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

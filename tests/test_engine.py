@@ -507,6 +507,23 @@ def test_weights_made_in_inference_mode(patch: MakePatch) -> None:
     assert weights(model) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_made_in_inference_mode_beside_others(dtype: torch.dtype, patch: MakePatch, hands: None) -> None:
+    with torch.inference_mode():
+        early = nn.Linear(12, 8, dtype=dtype)
+    model = nn.Sequential(early, nn.Linear(12, 8, dtype=dtype), nn.Linear(12, 8, dtype=dtype))
+    with torch.inference_mode():
+        model.append(nn.Linear(12, 8, dtype=dtype))
+    before = weights(model)
+    up, down = coarse((8, 2), 1), coarse((2, 12), 2)
+    engine = Engine(model)
+    for strength in (1.0, 0.5):
+        plan = make_plan([patch(f"{n}.weight", up=up, down=down, strength=strength) for n in range(4)])
+        assert engine.apply(plan) == 4
+    engine.restore()
+    assert weights(model) == before
+
+
 def test_a_checkpoint_loaded_into_weights_made_in_inference_mode(patch: MakePatch) -> None:
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(12, 8))

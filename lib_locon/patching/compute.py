@@ -14,7 +14,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import add_product, adds_products, exact_arithmetic, matrix, product_adder, working_dtype
+from lib_locon.arithmetic import (
+    add_product,
+    adds_products,
+    exact_arithmetic,
+    for_later,
+    matrix,
+    product_adder,
+    working_dtype,
+)
 from lib_locon.models.targets import View
 from lib_locon.patching.memory import allocate
 from lib_locon.patching.plan import Adder, LowRank, Patch
@@ -70,7 +78,8 @@ class Workspace:
                 # tiles differ a little from weight to weight: one buffer is to do for nearly all
                 made = allocate((max(size, TILE) if 2 * size > TILE else size,), dtype)
             else:
-                made = torch.empty(size, dtype=dtype, device=device)
+                with for_later():  # for the weights of a change, of which some may be inference tensors
+                    made = torch.empty(size, dtype=dtype, device=device)
             buffer = self._buffers[key] = made
         return buffer[:size].view(shape)
 

@@ -10,6 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import for_later
+
 LARGE = 2 << 20  # bytes: one large page of x86 and most of ARM
 FIRST_BLOCK, BLOCK = 4 << 20, 64 << 20  # bytes of pinned memory that are taken at a time
 ALIGNED = 512  # bytes, as torch's own tensors in it
@@ -24,9 +26,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     made in fresh pages.
     """
     nbytes = prod(shape) * dtype.itemsize
-    if nbytes < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    return torch.frombuffer(_mapping(nbytes), dtype=dtype).view(shape)
+    with for_later():
+        if nbytes < SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.frombuffer(_mapping(nbytes), dtype=dtype).view(shape)
 
 
 def _mapping(nbytes: int) -> mmap.mmap:
@@ -61,7 +64,8 @@ class Pinned:
             # small ones first: not every model is large; and a power of two, or torch takes one and keeps the rest
             size = max(1 << (room - 1).bit_length(), min(BLOCK, FIRST_BLOCK << len(self._blocks)))
             try:
-                self._blocks.append((torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True), 0))
+                with for_later():
+                    self._blocks.append((torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True), 0))
             except RuntimeError:
                 return None
             number = len(self._blocks) - 1

@@ -24,6 +24,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lib_locon.arithmetic import for_later
 from lib_locon.errors import FileError, one_of
 from lib_locon.patching.bits import alike, other_bits, same_bits
 from lib_locon.patching.memory import Scratch, allocate
@@ -302,4 +303,8 @@ def _in_ram(pristine: Tensor) -> Tensor:
 
 
 def _on_device(pristine: Tensor) -> Tensor:
-    return pristine.clone(memory_format=torch.contiguous_format)
+    if type(pristine) is not Tensor:
+        return pristine.clone(memory_format=torch.contiguous_format)
+    with for_later():
+        copy = torch.empty(pristine.shape, dtype=pristine.dtype, device=pristine.device)
+    return copy.copy_(pristine)

@@ -103,3 +103,25 @@ def test_a_file_that_is_lost_meanwhile_is_said_and_nothing_wrong_is_written(
     session.apply([])
     assert not session.active
     assert same(model, base)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("first", [0, 1])
+def test_weights_that_were_made_in_inference_mode_beside_others(
+    policy: Policy, first: int, held: Callable[..., Any]
+) -> None:
+    """Hosts load parts of a model so; torch lets nobody write into these outside of that mode."""
+    model, session, one, other = held(policy)
+    plain = parameters(model)
+    with torch.inference_mode():
+        layer = model[f"layer{first}"]
+        for name, value in layer.named_parameters():
+            setattr(layer, name, nn.Parameter(value.clone(), requires_grad=False))
+    session.apply(one)
+    wanted = parameters(model)
+    for uses in (other, [], one):
+        session.apply(uses)
+    assert same(model, wanted)
+    assert not same(model, plain)
+    session.restore()
+    assert same(model, plain)
