@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lib_locon.arithmetic import for_later
 
-PART = 8 << 20  # bytes of a buffer, at most
+PART = 8 << 20  # bytes of a buffer
 BUFFERS = 3
 ALIGNED = 256  # bytes, as torch's own memory there
 
@@ -26,8 +26,9 @@ ALIGNED = 256  # bytes, as torch's own memory there
 @dataclass
 class _Buffer:
     numbers: Tensor
-    read: Any
-    """torch's event: that the GPU has read what it last held."""
+    sent: Any
+    """torch's event: that the GPU has read all that was in it, when it was full."""
+    used: int = 0
 
 
 class Uploader:
@@ -54,6 +55,10 @@ class Uploader:
                 target.copy_(part, non_blocking=True)
         return out
 
+    def copy(self, out: Tensor, tensor: Tensor) -> None:
+        """out ← tensor, on the CPU; of one dtype, and in one order of numbers that lie side by side."""
+        self.fill(_flat(out), partial(_copy_part, _flat(tensor)))
+
     def _send(self, group: Sequence[Tensor]) -> list[Tensor]:
         if len(group) == 1:
             (tensor,) = group
@@ -70,22 +75,33 @@ class Uploader:
     @contextmanager
     def _buffer(self, nbytes: int) -> Iterator[Tensor]:
         """Bytes that the GPU does not read any more, to be filled and sent within this."""
+        room = _aligned(nbytes)
+        buffer = self._buffers[-1] if self._buffers else None
+        if buffer is None or len(buffer.numbers) - buffer.used < room:
+            buffer = self._next(room)
+        start, buffer.used = buffer.used, buffer.used + room
+        yield buffer.numbers[start : start + nbytes]
+
+    def _next(self, room: int) -> _Buffer:
+        if self._buffers:
+            self._buffers[-1].sent.record(torch.cuda.current_stream(self.device))
         if len(self._buffers) < BUFFERS:
-            buffer = _Buffer(_pinned(nbytes), torch.cuda.Event())  # type: ignore[no-untyped-call]
+            # one alone need be no larger than what is sent
+            size = room if not self._buffers else PART
+            buffer = _Buffer(_pinned(max(room, size)), torch.cuda.Event())  # type: ignore[no-untyped-call]
         else:
             buffer = self._buffers.pop(0)
-            buffer.read.synchronize()
-            if len(buffer.numbers) < nbytes:
-                buffer.numbers = _pinned(nbytes)
+            buffer.sent.synchronize()
+            buffer.used = 0
+            if len(buffer.numbers) < room:
+                buffer.numbers = _pinned(PART)
         self._buffers.append(buffer)
-        try:
-            yield buffer.numbers[:nbytes]
-        finally:
-            buffer.read.record(torch.cuda.current_stream(self.device))
+        return buffer
 
 
 def moved(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """These on `device`, in their dtypes; one that is there already is not copied."""
+    """These on `device`, in their dtypes; one that is there already is not copied. To a GPU they are on their way, in
+    the order of its current stream."""
     away = [tensor for tensor in tensors if tensor.device != device]
     # gradients need torch's own way
     if device.type != "cuda" or not all(tensor.is_cpu and not tensor.requires_grad for tensor in away):
@@ -107,6 +123,10 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         nbytes += size
     if group:
         yield group
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def _copy_part(flat: Tensor, first: int, part: Tensor) -> None:

@@ -21,9 +21,6 @@ from lib_locon.models.targets import View
 from lib_locon.patching.plan import Adder, LowRank, Patch
 
 # The same examples on every machine; HYPOTHESIS_PROFILE=default looks for new ones.
-settings.register_profile(
-    "nosh", derandomize=True, database=None, deadline=None, phases=[__import__("hypothesis").Phase.generate]
-)
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 

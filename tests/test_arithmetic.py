@@ -259,8 +259,8 @@ def test_the_magnitude_of_a_dora_is_moved_once_too() -> None:
     assert isinstance(layer, DoRALayer)
     rows = torch.empty(8, 12, device=elsewhere)
     layer.adder(rows)(rows, rows, rows, 0, 1.0)
-    moved = layer._magnitude_on(elsewhere)
+    moved = layer._moved_once(layer.magnitude, elsewhere)
     layer.adder(rows)(rows, rows, rows, 0, 0.5)
-    assert layer._magnitude_on(elsewhere) is moved
+    assert layer._moved_once(layer.magnitude, elsewhere) is moved
     layer.release()
-    assert layer._magnitude_on(elsewhere) is not moved
+    assert layer._moved_once(layer.magnitude, elsewhere) is not moved

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lib_locon.arithmetic import matrix, peak
 from lib_locon.families.convolve import CONVS, apply_pointwise, apply_weight, channel_axis, groups, per_group
 from lib_locon.families.tucker import rebuild
-from lib_locon.uploads import moved
 
 B = TypeVar("B", bound="Branch")
 TILE = 2**20
@@ -50,13 +49,21 @@ class Branch:
         """
         wide = torch.promote_types(dtype, torch.float32)
         digits = math.frexp(self.scale)[0] or 1.0
-        ready: dict[str, Tensor] = {}
-        names = [name for name, _ in self._tensors()]
-        for name, tensor in zip(names, moved([tensor for _, tensor in self._tensors()], device), strict=True):
-            factor = 2.0 ** self.powers.get(name, 0) * (1.0 if ready else digits)
-            ready[name] = (tensor.to(wide) * factor).to(dtype)
+        moved: dict[str, Tensor] = {}
+        for name, tensor in self._tensors():
+            factor = 2.0 ** self.powers.get(name, 0) * (1.0 if moved else digits)
+            moved[name] = (tensor.to(device).to(wide) * factor).to(dtype)
         scale = self.scale / digits * 2.0 ** -sum(self.powers.values())
-        return dataclasses.replace(self, **ready, scale=scale, powers={})
+        return dataclasses.replace(self, **moved, scale=scale, powers={})
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [tensor for _, tensor in self._tensors()]
+
+    def with_tensors(self: B, tensors: Iterator[Tensor]) -> B:
+        """The same of the next ones of these, in the order of `tensors()`."""
+        others: dict[str, Any] = {name: next(tensors) for name, _ in self._tensors()}
+        return dataclasses.replace(self, **others)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         held = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,9 @@ from lib_locon.families.branch_of import branch_of, has_branch
 from lib_locon.families.branches import Branch, LowRank
 from lib_locon.families.convolve import apply_pointwise, apply_weight, per_group
 from lib_locon.families.layer import FLOAT32_MAX
+from lib_locon.uploads import moved
 
-__all__ = ["Combined", "combine", "has_branch"]
+__all__ = ["Combined", "combine", "has_branch", "send"]
 Kind = tuple[torch.device, torch.dtype]
 
 
@@ -33,17 +34,35 @@ class _Ready:
 class Combined:
     """Σ strength · branch, the low-rank ones as one product. Immutable, but for what it converted once and keeps."""
 
-    def __init__(self, branches: Sequence[Branch], strengths: Sequence[float], ready: dict[Kind, _Ready]) -> None:
+    def __init__(
+        self,
+        branches: Sequence[Branch],
+        strengths: Sequence[float],
+        ready: dict[Kind, _Ready],
+        sent: dict[torch.device, list[Branch]],
+    ) -> None:
         self._branches = tuple(branches)
         self._low = [i for i, branch in enumerate(branches) if isinstance(branch, LowRank)]
         self._rest = [i for i in range(len(branches)) if i not in self._low]
         self._strengths = tuple(strengths)
         self._ready = ready
+        self._sent = sent
+        """The branches on devices where they are not ready yet, each in the dtypes of its file."""
         self._ups: dict[Kind, tuple[Tensor, float]] = {}
 
     def with_strengths(self, strengths: Sequence[float]) -> Combined:
         """The same at other strengths; no factor is read or converted again."""
-        return Combined(self._branches, strengths, self._ready)
+        return Combined(self._branches, strengths, self._ready, self._sent)
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """What is to be brought to a device; nothing that is there already."""
+        if device in self._sent or any(there == device for there, _ in self._ready):
+            return []
+        return [tensor for branch in self._branches for tensor in branch.tensors()]
+
+    def receive(self, tensors: Iterator[Tensor], device: torch.device) -> None:
+        """The same there."""
+        self._sent[device] = [branch.with_tensors(tensors) for branch in self._branches]
 
     def run(self, x: Tensor, layer: nn.Module) -> list[tuple[Tensor, float]]:
         """Tensors in the dtype of `x`, each with the number it is to be multiplied by: their sum is the change."""
@@ -65,11 +84,12 @@ class Combined:
         return max(-FLOAT32_MAX, min(FLOAT32_MAX, self._strengths[i] * scale))
 
     def _made_ready(self, device: torch.device, dtype: torch.dtype) -> _Ready:
-        others = tuple(self._branches[i].to(device, dtype) for i in self._rest)
+        branches = self._sent.pop(device, self._branches)
+        others = tuple(branches[i].to(device, dtype) for i in self._rest)
         if not self._low:
             return _Ready(None, (), (), others)
         wide = torch.promote_types(dtype, torch.float32) if len(self._low) > 1 else dtype
-        low = [branch.to(device, wide) for branch in self._branches if isinstance(branch, LowRank)]
+        low = [branch.to(device, wide) for branch in branches if isinstance(branch, LowRank)]
         down = torch.cat([branch.down.to(dtype) for branch in low])
         return _Ready(down, tuple(branch.up for branch in low), tuple(branch.scale for branch in low), others)
 
@@ -93,4 +113,14 @@ def combine(layers: Sequence[object], strengths: Sequence[float]) -> Combined:
     found = [branch.sized() for branch in branches if branch is not None]
     if len(found) != len(branches):
         raise ValueError("a layer whose ΔW needs the base weight cannot run beside it")
-    return Combined(found, strengths, {})
+    return Combined(found, strengths, {}, {})
+
+
+def send(sums: Iterable[Combined], device: torch.device) -> None:
+    """Brings what many of them need to a GPU together, which the first run of each would wait for."""
+    todo = [(combined, tensors) for combined in sums if (tensors := combined.tensors(device))]
+    if todo:
+        arrived = iter(moved([tensor for _, tensors in todo for tensor in tensors], device))
+        torch.cuda.synchronize(device)  # whoever runs the layers may do so on a stream of his own
+        for combined, _ in todo:
+            combined.receive(arrived, device)

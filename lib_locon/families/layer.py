@@ -170,8 +170,9 @@ class Layer:
         return {}
 
 
-def send(layers: Iterable[Layer], device: torch.device) -> None:
-    """Moves what many layers need to a device, in as few copies as it takes; each will find its own there."""
+def send(layers: Iterable[Layer], device: torch.device) -> bool:
+    """Moves what many layers need to a device, in as few copies as it takes; each will find its own there. Whether
+    there was anything to be moved."""
     todo = {
         id(part): (layer, part)
         for layer in layers
@@ -183,6 +184,7 @@ def send(layers: Iterable[Layer], device: torch.device) -> None:
     for (layer, part), size in zip(todo.values(), sizes, strict=True):
         factors = list(islice(arrived, size))
         layer._moved[id(part), device] = factors[0] if isinstance(part, Tensor) else part.with_factors(factors)
+    return bool(todo)
 
 
 def _factors(part: Family | Tensor) -> list[Tensor]:

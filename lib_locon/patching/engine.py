@@ -48,7 +48,7 @@ class Engine:
     A weight that is not in `_held` holds its base. Safe to call from several threads: calls wait for each other.
     """
 
-    def __init__(self, model: nn.Module, send: Send = lambda deltas, device: None) -> None:
+    def __init__(self, model: nn.Module, send: Send = lambda deltas, device: False) -> None:
         self._weights = Parameters(model, partial(_forget_gone, weakref.ref(self)))
         self.store = BaseStore()
         self._send = send
@@ -151,8 +151,10 @@ class Engine:
                         self._restore_one(path, failed)
                 except KeyboardInterrupt as error:
                     interrupt = error
-            self.store.wait()
-            self.store.keep(failed)
+            try:
+                self.store.wait()
+            finally:
+                self.store.keep(failed)
         if interrupt is not None:
             raise interrupt
         if failed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -48,39 +49,83 @@ def _mapping(nbytes: int) -> mmap.mmap:
     return mapping
 
 
+@dataclass(eq=False)
+class _Block:
+    memory: Tensor
+    used: int = 0
+    """Bytes from its start on that were ever lent."""
+    living: int = 0
+    """Tensors that stand on it."""
+    idle: dict[int, list[int]] = field(default_factory=dict)
+    """By size, where those lay that do not any more."""
+
+
 class Pinned:
     """Pinned memory for what stays. torch gives it out by powers of two, a quarter more than a model's weights take: so
-    it is asked for blocks, and weights lie in them side by side. Their memory comes back when all are freed."""
+    it is asked for blocks, in which weights lie side by side.
+
+    A tensor's place is lent again, and a block given back to torch (which keeps it for whoever pins next), after the
+    tensor is gone and `settle` was called.
+    """
 
     def __init__(self) -> None:
-        self.free()
+        self._blocks: list[_Block] = []
+        self._gone: list[tuple[_Block, int, int]] = []
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """A contiguous tensor, numbers undefined; None where the system pins no more."""
+    def take(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A tensor whose numbers lie side by side, undefined; None where the system pins no more."""
         nbytes = prod(shape) * dtype.itemsize
-        room = -(-nbytes // ALIGNED) * ALIGNED
-        number = next((i for i, (block, used) in enumerate(self._blocks) if len(block) - used >= room), None)
-        if number is None:
-            # small ones first: not every model is large; and a power of two, or torch takes one and keeps the rest
-            size = max(1 << (room - 1).bit_length(), min(BLOCK, FIRST_BLOCK << len(self._blocks)))
-            try:
-                with for_later():
-                    self._blocks.append((torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True), 0))
-            except RuntimeError:
-                return None
-            number = len(self._blocks) - 1
-        block, used = self._blocks[number]
-        self._blocks[number] = block, used + room
-        return block[used : used + nbytes].view(dtype).view(shape)
+        room = max(1, -(-nbytes // ALIGNED)) * ALIGNED
+        found = self._place(room)
+        if found is None:
+            return None
+        block, start = found
+        with for_later():
+            tensor = block.memory[start : start + nbytes].view(dtype)
+            tensor = tensor.as_strided(shape, strides, tensor.storage_offset())
+        block.living += 1
+        # noted only: whoever frees it, at whatever line, the GPU may still be reading it
+        weakref.finalize(tensor, self._gone.append, (block, start, room)).atexit = False
+        return tensor
 
-    def free(self) -> None:
-        """Gives the blocks back, at the latest when nothing stands on them any more."""
-        self._blocks: list[tuple[Tensor, int]] = []
+    def settle(self) -> None:
+        """Says that no GPU reads or writes any more what is gone."""
+        while self._gone:
+            block, start, room = self._gone.pop()
+            block.living -= 1
+            block.idle.setdefault(room, []).append(start)
+        self._blocks = [block for block in self._blocks if block.living]
 
     @property
-    def unused(self) -> int:
-        """Bytes of the blocks that nothing was ever put into."""
-        return sum(len(block) - used for block, used in list(self._blocks))
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(len(block.memory) for block in list(self._blocks))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether it lies in one of them."""
+        begun = tensor.untyped_storage().data_ptr()
+        return any(block.memory.data_ptr() == begun for block in list(self._blocks))
+
+    def _place(self, room: int) -> tuple[_Block, int] | None:
+        for known in self._blocks:
+            if known.idle.get(room):
+                return known, known.idle[room].pop()
+        roomy = (block for block in self._blocks if len(block.memory) - block.used >= room)
+        block = next(roomy, None) or self._another(room)
+        if block is None:
+            return None
+        block.used += room
+        return block, block.used - room
+
+    def _another(self, room: int) -> _Block | None:
+        # small ones first: not every model is large; and a power of two, or torch takes one and keeps the rest
+        size = max(1 << (room - 1).bit_length(), min(BLOCK, FIRST_BLOCK << len(self._blocks)))
+        try:
+            with for_later():
+                self._blocks.append(_Block(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)))
+        except RuntimeError:
+            return None
+        return self._blocks[-1]
 
 
 class Scratch:

@@ -1,4 +1,4 @@
-"""Where weights lie: on which device, and whether two of them are over the same numbers."""
+"""Where weights lie: whether two of them are over the same numbers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ import torch
 from torch import Tensor
 
 from lib_locon.errors import PatchError
-
-
-def may_run_on(weight: Tensor, base: Tensor) -> bool:
-    """Whether a copy of `base` to where the weight is need not be waited for: pinned memory is the GPU's to read, and
-    torch gives it to nobody else before that is done."""
-    return weight.is_cuda and not base.is_cuda and base.is_pinned()
-
-
-def on_its_device(weight: Tensor, base: Tensor) -> Tensor:
-    """`base` where the weight is."""
-    return base if base.device == weight.device else base.to(weight.device, non_blocking=may_run_on(weight, base))
 
 
 def refuse_overlaps(weights: Mapping[str, Tensor]) -> None:

@@ -36,6 +36,10 @@ class Branches(Protocol):
         """All of them as one."""
         ...
 
+    def send(self, sums: Sequence[Any], device: torch.device, /) -> None:
+        """Brings these to a GPU, where they will run."""
+        ...
+
 
 class SidePath:
     """The hooks on one model. Safe to call from several threads; belongs to one model object, as the engine does."""
@@ -117,6 +121,7 @@ class SidePath:
         wanted = self._wanted(plan)
         # all that can fail of itself comes first
         terms = {key: self._terms(self._hooks.get(key), groups) for key, (_, groups) in wanted.items()}
+        self._send(wanted, terms)
         touched = 0
         for key, new in terms.items():
             hook = self._hooks.setdefault(key, Hook(wanted[key][0]))
@@ -130,6 +135,15 @@ class SidePath:
             touched += 1
         _forget_compiled(touched > 0)
         return touched
+
+    def _send(self, wanted: Mapping[int, tuple[nn.Module, object]], terms: Mapping[int, Sequence[Term]]) -> None:
+        needed: dict[torch.device, list[Sum]] = {}
+        for key, some in terms.items():
+            weight = getattr(wanted[key][0], "weight", None)
+            if isinstance(weight, Tensor) and weight.is_cuda:
+                needed.setdefault(weight.device, []).extend(term.sum for term in some)
+        for device, sums in needed.items():
+            self._branches.send(sums, device)
 
     def clear(self) -> None:
         """Takes every hook away and lets go of the factors. Goes on to the end; Ctrl-C is raised after it."""

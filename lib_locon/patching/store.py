@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -29,6 +28,7 @@ from lib_locon.errors import FileError, one_of
 from lib_locon.patching.bits import alike, other_bits, same_bits
 from lib_locon.patching.memory import Scratch, allocate
 from lib_locon.patching.readback import PristineSource, ReadBack
+from lib_locon.patching.store_report import StoreReport
 from lib_locon.patching.transit import Transit
 
 Policy: TypeAlias = Literal["auto", "checkpoint", "ram", "device"]
@@ -41,36 +41,6 @@ def policy_named(name: str) -> Policy:
 
 
 NOT_THE_FILES = "the model's weight is not the checkpoint's"
-
-
-@dataclass(frozen=True)
-class StoreReport:
-    """How the bases of the touched weights are kept: `weights` and `nbytes` by way (`checkpoint`, `ram`, `device`).
-
-    `reasons` says why weights that might have been read back were copied, and for how many each; `file_changed` that
-    the file that others are read from is not there any more as it was.
-    """
-
-    policy: Policy
-    weights: Mapping[str, int]
-    nbytes: Mapping[str, int]
-    reasons: Mapping[str, int]
-    file_changed: bool
-    unused: int = 0
-    """Bytes of copies that wait for the next adapter."""
-
-    def __str__(self) -> str:
-        """One line for the log."""
-        where = {"checkpoint": "read back from the checkpoint", "ram": "copied to RAM", "device": "copied on the GPU"}
-        parts = [
-            f"{self.weights[way]} weights ({self.nbytes[way] / 2**20:.0f} MiB) {where[way]}"
-            for way in where
-            if self.weights.get(way)
-        ]
-        parts += [f"{count} not read back: {reason}" for reason, count in self.reasons.items()]
-        parts += [f"{self.unused / 2**20:.0f} MiB of copies wait for the next adapter"] if self.unused else []
-        parts += ["the checkpoint file is not there any more as it was"] if self.file_changed else []
-        return f"base ({self.policy}): {'; '.join(parts) or 'nothing is kept'}"
 
 
 class BaseStore:
@@ -90,14 +60,14 @@ class BaseStore:
         self._reasons: dict[str, str] = {}
         self._scratch = Scratch()
         self._transit = Transit()
-        self._refuted: dict[str, str] = {}
-        """Why a weight of the change that is being made cannot be read back."""
+        self._judged: dict[str, ReadBack | str] = {}
+        """Of the change that is being made, the weights that were proved together: or why one was not."""
 
     def save(self, path: str, weight: Tensor) -> Tensor:
         """The pristine value of the weight at `path`; where the store has none yet, `weight` is it.
 
-        Contiguous, in the dtype that the weight had at the first call; on the CPU, or with `device` where the weight
-        was. The caller must not write into it. Raises BaseLost.
+        In the dtype that the weight had at the first call; on the CPU, or with `device` where the weight was. The
+        caller must not write into it. Raises BaseLost.
         """
         # a second save must never replace the first: by then the model may hold a patched weight
         copy = self._copies.get(path)
@@ -114,11 +84,14 @@ class BaseStore:
     def fetch(self, path: str, weight: Tensor) -> Tensor:
         """As `save`, where the weight is now. What comes to a GPU is not waited for; see `wait`."""
         read = self._reads.get(path)
-        if weight.is_cuda and read is not None and path not in self._copies and read.source.has_parts():
-            try:
-                return self._transit.fetch(weight, read)
-            except FileError as error:
-                return self._transit.fetch(weight, self._loaded_again(path, weight, error))
+        if weight.is_cuda and path not in self._copies:
+            if read is None and _is_plain(weight):
+                return self._first_on_gpu(path, weight)
+            if read is not None and read.source.has_parts():
+                try:
+                    return self._transit.fetch(weight, read)
+                except FileError as error:
+                    return self._transit.fetch(weight, self._loaded_again(path, weight, error))
         return self._transit.fetch(weight, self.save(path, weight))
 
     def put_back(self, weight: Tensor, base: Tensor | ReadBack) -> None:
@@ -128,27 +101,31 @@ class BaseStore:
     def prove(self, weights: Mapping[str, Tensor]) -> None:
         """Finds out which of some weights on GPUs can be read back, before they are saved: it waits for each GPU once,
         where `save` would for each weight."""
+        if self.policy not in ("auto", "checkpoint"):
+            return
         differ: dict[torch.device, list[tuple[str, ReadBack, Tensor]]] = {}
         for path, weight in weights.items():
-            if self.policy in ("auto", "checkpoint") and path not in self._copies and path not in self._reads:
-                try:
-                    read, base = self._as_in_file(path, weight)
-                except FileError as reason:
-                    self._refuted[path] = str(reason)
-                else:
-                    differs = other_bits(self._transit.send(weight, base), weight)
-                    differ.setdefault(weight.device, []).append((path, read, differs))
+            if path in self._copies or path in self._reads:
+                continue
+            try:
+                read, base = self._as_in_file(path, weight)
+            except FileError as reason:
+                self._judged[path] = str(reason)
+            else:
+                (there,) = self._transit.to(weight.device).send([base])
+                differ.setdefault(weight.device, []).append((path, read, other_bits(there, weight)))
         for found in differ.values():
-            verdicts = torch.stack([verdict for _, _, verdict in found]).tolist()
-            for (path, read, _), refuted in zip(found, verdicts, strict=True):
-                if refuted:
-                    self._refuted[path] = NOT_THE_FILES
-                else:
-                    self._reads[path] = read
+            verdicts = torch.stack([differs for _, _, differs in found]).tolist()
+            for (path, read, _), differs in zip(found, verdicts, strict=True):
+                self._judged[path] = NOT_THE_FILES if differs else read
+
+    def under_way(self, device: torch.device) -> None:
+        """Something else goes to this GPU that `wait` is to wait for."""
+        self._transit.to(device)
 
     def wait(self) -> None:
-        """For all that is under way between RAM and GPUs: to be called at the end of a change."""
-        self._refuted = {}
+        """For all that is under way between RAM and GPUs: to be called at the end of a change, whatever its end."""
+        self._judged = {}
         self._transit.wait()
 
     def readable(self, path: str, weight: Tensor) -> ReadBack | None:
@@ -174,7 +151,7 @@ class BaseStore:
         self._free_unused = wanted
         if wanted:
             self._unused.clear()
-            self._free_if_idle()
+            self._transit.wait()
 
     def release(self, path: str) -> None:
         """Lets go of a weight that holds its base again."""
@@ -193,6 +170,7 @@ class BaseStore:
     def forget(self) -> None:
         """All of it, for good. Whoever is going through what was kept goes on with that."""
         self._copies, self._unused, self._reads, self._reasons = {}, {}, {}, {}
+        self._transit = Transit()
         self._free_if_idle()
 
     def keep(self, paths: Collection[str]) -> None:
@@ -201,13 +179,15 @@ class BaseStore:
         self._copies = {path: copy for path, copy in self._copies.items() if path in paths}
         self._reads = {path: read for path, read in self._reads.items() if path in paths}
         self._reasons = {path: reason for path, reason in self._reasons.items() if path in paths}
+        self._transit.wait()
         self._free_if_idle()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory held: the copies, what is pinned beside them, and the buffer for reading back."""
+        """Bytes of memory held: the copies, all that is pinned for some, and the buffer for reading back."""
         copies = (*self._copies.values(), *self._unused.values())
-        return sum(copy.nbytes for copy in copies) + self._transit.pinned.unused + self._scratch.nbytes
+        pinned = self._transit.pinned
+        return sum(copy.nbytes for copy in copies if not pinned.holds(copy)) + pinned.nbytes + self._scratch.nbytes
 
     def report(self) -> StoreReport:
         """How the weights are kept now. May be asked for while others are being saved."""
@@ -251,15 +231,27 @@ class BaseStore:
             return unused
         return _on_device(pristine) if self.policy == "device" else _in_ram(pristine)
 
+    def _first_on_gpu(self, path: str, weight: Tensor) -> Tensor:
+        judged = self._judged.get(path)
+        if isinstance(judged, ReadBack):
+            self._reads[path] = judged
+        else:
+            base = self._first(path, weight)
+            if base.device == weight.device:
+                return base
+        return _on_device(weight.detach())  # as it is, it is the base: nothing need come back from RAM
+
     def _may_hold(self, copy: Tensor | None, weight: Tensor) -> bool:
         """Whether the copy is one of such a weight, and where the policy wants it."""
-        wanted = weight.device.type if self.policy == "device" else "cpu"
-        return copy is not None and copy.device.type == wanted and _is_plain(weight) and alike(copy, weight)
+        if copy is None or not _is_plain(weight) or not alike(copy, weight):
+            return False
+        return copy.device == weight.device if self.policy == "device" else copy.is_cpu
 
     def _proved(self, path: str, weight: Tensor) -> Tensor:
         """`weight` as the file has it, bit for bit. Raises FileError with the reason where it does not."""
-        if path in self._refuted:
-            raise FileError(self._refuted[path])
+        judged = self._judged.get(path)
+        if isinstance(judged, str):
+            raise FileError(judged)
         read, base = self._as_in_file(path, weight)
         if not same_bits(base.to(weight.device), weight):
             raise FileError(NOT_THE_FILES)
@@ -288,8 +280,6 @@ class BaseStore:
     def _free_if_idle(self) -> None:
         if not self._reads:
             self._scratch.free()
-        if not self._copies and not self._unused:
-            self._transit.pinned.free()
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -20,8 +20,9 @@ from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import Findings, decode, encode
 from lib_locon.patching.store import BaseStore
 
-Send: TypeAlias = Callable[[Iterable[Any], torch.device], None]
-"""Brings what ΔWs are made of to a GPU, for many of them at a time. What it does not bring they bring themselves."""
+Send: TypeAlias = Callable[[Iterable[Any], torch.device], bool]
+"""Brings what ΔWs are made of to a GPU, for many of them at a time, and says whether anything is on its way. What it
+does not bring they bring themselves."""
 
 
 class Writer:
@@ -42,7 +43,8 @@ class Writer:
         for path, weight in there.items():
             needed.setdefault(weight.device, []).extend(patch.delta for patch in plan[path])
         for device, deltas in needed.items():
-            self._send(deltas, device)
+            if self._send(deltas, device):
+                self._store.under_way(device)
 
     def can_hold(self, path: str) -> bool:
         """Whether the weight itself can hold base + ΔW; of the others the module says what they stand for."""
@@ -68,15 +70,15 @@ class Writer:
         self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
     ) -> Callable[[], None] | None:
         """Where the base is needed no more of at a time than some rows, and can be read so."""
-        if space is None or rounding != "exact" or not weight.ndim or not weight.is_contiguous():
-            return None
-        base = self._store.readable(path, weight) if self.can_hold(path) else None
+        base = self._store.readable(path, weight) if weight.ndim and weight.is_contiguous() else None
         if base is None:
             return None
         if weight.is_cuda and not patches:
             return partial(self._store.put_back, weight, base)
-        product = only_product(weight.detach(), patches, space) if weight.is_cpu and patches else None
-        if not weight.is_cpu or (patches and product is None):
+        if space is None or rounding != "exact" or not weight.is_cpu or not self.can_hold(path):
+            return None
+        product = only_product(weight.detach(), patches, space) if patches else None
+        if patches and product is None:
             return None
         return partial(write_from_file, weight.detach(), base, product, space)
 

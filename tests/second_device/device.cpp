@@ -25,6 +25,7 @@ namespace {
 
 using Lock = std::lock_guard<std::recursive_mutex>;
 std::recursive_mutex mutex;
+bool pins = true;  // whether the system has memory to pin
 
 // ---------------------------------------------------------------- what happened
 
@@ -98,6 +99,7 @@ struct DeviceMemory final : public at::Allocator {
 
 struct PinnedMemory final : public at::Allocator {
     c10::DataPtr allocate(std::size_t bytes) override {
+        TORCH_CHECK(pins, "no memory can be pinned");
         // by the power of two, as torch's allocator of pinned memory
         std::size_t whole = 1;
         while (whole < bytes) whole *= 2;
@@ -121,6 +123,7 @@ bool is_pinned(const void* address) {
 
 struct Transfer {
     int64_t number;
+    c10::DeviceIndex device;  // each has an order of its own
     at::Tensor to, from;
 };
 std::list<Transfer> uploads, downloads;  // those that nobody waited for
@@ -140,9 +143,9 @@ void do_now(const at::Tensor& to, const at::Tensor& from) {
     target.copy_(from.is_cuda() ? seen_by_the_processor(from) : from.detach());
 }
 
-void finish_downloads(int64_t last, const at::Tensor* into = nullptr) {
+void finish_downloads(c10::DeviceIndex device, int64_t last, const at::Tensor* into = nullptr) {
     for (auto it = downloads.begin(); it != downloads.end();) {
-        if (it->number <= last && (!into || it->to.is_alias_of(*into))) {
+        if (it->device == device && it->number <= last && (!into || it->to.is_alias_of(*into))) {
             do_now(it->to, it->from);
             it = downloads.erase(it);
         } else {
@@ -151,35 +154,38 @@ void finish_downloads(int64_t last, const at::Tensor* into = nullptr) {
     }
 }
 
-void finish_uploads(int64_t last) {
-    while (!uploads.empty() && uploads.front().number <= last) {
-        const auto& next = uploads.front();
-        finish_downloads(next.number, &next.from);  // all is done in the order in which it was asked for
-        do_now(next.to, next.from);
-        uploads.pop_front();
+void finish_uploads(c10::DeviceIndex device, int64_t last) {
+    for (auto it = uploads.begin(); it != uploads.end();) {
+        if (it->device == device && it->number <= last) {
+            finish_downloads(device, it->number, &it->from);  // all is done in the order in which it was asked for
+            do_now(it->to, it->from);
+            it = uploads.erase(it);
+        } else {
+            ++it;
+        }
     }
 }
 
-void finish_until(int64_t last) {
+void finish_until(c10::DeviceIndex device, int64_t last) {
     Lock lock(mutex);
-    finish_uploads(last);
-    finish_downloads(last);
+    finish_uploads(device, last);
+    finish_downloads(device, last);
 }
 
-void before_use(const at::Tensor& tensor) {  // of a tensor's numbers, by the device
+void before_use(const at::Tensor& tensor) {  // of a tensor's numbers, by its device
     if (!tensor.defined() || !tensor.is_cuda()) return;
     Lock lock(mutex);
     int64_t last = -1;
     for (const auto& upload : uploads)
         if (upload.to.is_alias_of(tensor)) last = upload.number;
-    finish_uploads(last);
+    if (last >= 0) finish_uploads(tensor.device().index(), last);
 }
 
-void wait_for(const std::string& why) {
+void wait_for(c10::DeviceIndex device, const std::string& why) {
     if (within) return;
     count("waits");
     count("waits for " + why);
-    finish_until(transfers);
+    finish_until(device, transfers);
 }
 
 // ---------------------------------------------------------------- operations
@@ -210,7 +216,7 @@ void by_the_processor(const c10::OperatorHandle& operation, torch::jit::Stack* s
     }
     for (const auto& result : schema.returns())
         if (result.type()->kind() == c10::TypeKind::BoolType || result.type()->kind() == c10::TypeKind::NumberType)
-            wait_for(name);
+            wait_for(device ? device->index() : current, name);
 }
 
 at::Tensor empty(
@@ -229,29 +235,42 @@ at::Tensor empty_strided(
         size, stride, &device_memory, c10::DispatchKeySet(c10::DispatchKey::CUDA), c10::dtype_or_default(dtype));
 }
 
+// Whether bytes can go as they are. Where not, torch turns them round, or converts them, in memory of the device.
+bool plain(const at::Tensor& to, const at::Tensor& from) {
+    bool same = to.dtype() == from.dtype() && to.sizes() == from.sizes();
+    return same && ((to.is_contiguous() && from.is_contiguous()) ||
+                    (to.strides() == from.strides() && to.is_non_overlapping_and_dense()));
+}
+
 at::Tensor& upload(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
     count("uploads");
     count("uploaded bytes", static_cast<int64_t>(from.nbytes()));
-    bool plain = to.dtype() == from.dtype() && to.sizes() == from.sizes() && to.is_contiguous() && from.is_contiguous();
-    if (non_blocking && plain && is_pinned(from.data_ptr())) {
-        uploads.push_back({++transfers, to.detach(), from.detach()});
+    const bool is_plain = plain(to, from), from_pinned = is_pinned(from.data_ptr());
+    const auto device = to.device().index();
+    if (!is_plain && (non_blocking || to.dtype() == from.dtype())) {
+        On there(device);
+        device_memory.allocate(to.nbytes());  // for a moment
+    }
+    if (non_blocking && is_plain && from_pinned) {
+        uploads.push_back({++transfers, device, to.detach(), from.detach()});
         return to;
     }
     do_now(to, from);
-    wait_for(is_pinned(from.data_ptr()) ? "a copy from pinned memory" : "a copy from memory that is not pinned");
+    wait_for(device, from_pinned ? "a copy from pinned memory" : "a copy from memory that is not pinned");
     return to;
 }
 
 at::Tensor& download(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
     count("downloads");
     before_use(from);
-    if (non_blocking && is_pinned(to.data_ptr())) {
+    const auto device = from.device().index();
+    if (non_blocking && plain(to, from) && is_pinned(to.data_ptr())) {
         // the device copies in the order of its operations: what it holds now is what comes, whenever that is
-        downloads.push_back({++transfers, to.detach(), seen_by_the_processor(from).clone()});
+        downloads.push_back({++transfers, device, to.detach(), seen_by_the_processor(from).clone()});
         return to;
     }
     do_now(to, from);
-    wait_for("a copy to the processor");
+    wait_for(device, "a copy to the processor");
     return to;
 }
 
@@ -282,7 +301,7 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
 
 at::Scalar one_number(const at::Tensor& tensor) {
     before_use(tensor);
-    wait_for("one number");
+    wait_for(tensor.device().index(), "one number");
     return at::_local_scalar_dense(seen_by_the_processor(tensor));
 }
 
@@ -334,8 +353,8 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
     c10::Stream exchangeStream(c10::Stream stream) const override { return c10::Stream(c10::Stream::DEFAULT, stream.device()); }
     c10::DeviceIndex deviceCount() const noexcept override { return DEVICES; }
     bool queryStream(const c10::Stream&) const override { return true; }
-    void synchronizeStream(const c10::Stream&) const override { wait_for("its stream"); }
-    void synchronizeDevice(const c10::DeviceIndex) const override { wait_for("the device"); }
+    void synchronizeStream(const c10::Stream& stream) const override { wait_for(stream.device_index(), "its stream"); }
+    void synchronizeDevice(const c10::DeviceIndex device) const override { wait_for(device, "the device"); }
 };
 
 // by now this torch has settled that it has no CUDA: whose pinned memory it takes it asks of torch's spare device
@@ -386,8 +405,14 @@ TORCH_LIBRARY(second_device, library) {
     library.def("taken_bytes() -> int", [] { return total(taken); });
     library.def("most_bytes() -> int", [] { return most; });
     library.def("begin_anew() -> ()", [] { most = total(taken); });
+    library.def("pin(bool possible) -> ()", [](bool possible) { pins = possible; });
     library.def("fail_after(int allocations) -> ()", [](int64_t number) { allocations_left = number; });
     library.def("now() -> int", [] { return transfers; });
-    library.def("finish(int last) -> ()", [](int64_t last) { finish_until(last); });
-    library.def("wait() -> ()", [] { wait_for("the device"); });
+    library.def("finish(int device, int last) -> ()", [](int64_t device, int64_t last) {
+        count("waits for an event");
+        finish_until(static_cast<c10::DeviceIndex>(device), last);
+    });
+    library.def("wait(int device) -> ()", [](int64_t device) {
+        wait_for(static_cast<c10::DeviceIndex>(device), "the device");
+    });
 }

@@ -30,24 +30,32 @@ def compiled(compiler: str, folder: Path) -> Path:
     return library
 
 
+class Stream:
+    """As `torch.cuda.Stream`; each device has but one."""
+
+    def __init__(self, device: object = None) -> None:
+        self.device = _index(device)
+
+    def synchronize(self) -> None:
+        torch.ops.second_device.wait(self.device)
+
+
 class Event:
-    """As `torch.cuda.Event`: a place in the order of all transfers."""
+    """As `torch.cuda.Event`: a place in the order of one device's transfers."""
 
     def __init__(self, **_: object) -> None:
-        self._number = 0
+        self._number = self._device = 0
 
-    def record(self, stream: object = None) -> None:
+    def record(self, stream: Stream | None = None) -> None:
+        self._device = (stream or Stream()).device
         self._number = torch.ops.second_device.now()
 
     def synchronize(self) -> None:
-        torch.ops.second_device.finish(self._number)
+        torch.ops.second_device.finish(self._device, self._number)
 
 
-class Stream:
-    """As `torch.cuda.Stream`; there is but one."""
-
-    def synchronize(self) -> None:
-        torch.ops.second_device.wait()
+def _index(device: Any) -> int:
+    return torch.device(device).index or 0 if device is not None else 0
 
 
 def load(library: Path) -> None:
@@ -62,8 +70,8 @@ def load(library: Path) -> None:
     cuda: Any = torch.cuda
     cuda._lazy_init, cuda.is_available = lambda: None, lambda: True
     cuda.device_count, cuda.current_device = lambda: len(DEVICES), lambda: 0
-    cuda.Event, cuda.current_stream = Event, lambda device=None: Stream()
-    cuda.synchronize = lambda device=None: torch.ops.second_device.wait()
+    cuda.Event, cuda.current_stream = Event, Stream
+    cuda.synchronize = lambda device=None: torch.ops.second_device.wait(_index(device))
     cuda.get_device_name = lambda device=None: "second device"
     cuda.memory_allocated = lambda device=None: torch.ops.second_device.taken_bytes()
     cuda.max_memory_allocated = lambda device=None: torch.ops.second_device.most_bytes()

@@ -83,6 +83,32 @@ def test_an_interrupt_at_any_operation_leaves_the_base(policy: Policy, held: Cal
     assert same(model, base)
 
 
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_interrupts_while_a_gpu_is_waited_for_leave_the_base_that_is_loaded_then(
+    times: int, held: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, session, one, _ = held("checkpoint")
+    wait, left = torch.cuda.synchronize, [times]
+
+    def interrupted(device: object = None) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        wait(device)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.apply(one)
+    while left[0]:
+        with pytest.raises(KeyboardInterrupt):
+            session.restore()
+    other = {name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()}
+    model.load_state_dict(other)
+    session.apply(one)
+    session.restore()
+    assert same(model, {name: value.cpu() for name, value in other.items()})
+
+
 def test_a_file_that_is_lost_meanwhile_is_said_and_nothing_wrong_is_written(
     held: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -125,3 +151,28 @@ def test_weights_that_were_made_in_inference_mode_beside_others(
     assert not same(model, plain)
     session.restore()
     assert same(model, plain)
+
+
+def test_when_a_change_is_over_all_copies_are_there(held: Callable[..., Any]) -> None:
+    """Also those of another GPU: the next who reads one may be the processor."""
+    model, session, one, _ = held("ram")
+    model["layer1"].to(DEVICES[1])
+    base = parameters(model)
+    session.apply(one)
+    copies = session.engine.store._copies
+    assert {model.get_parameter(name).device for name in copies} == set(DEVICES)
+    assert all(torch.equal(copy, base[name]) for name, copy in copies.items())
+
+
+def test_a_proof_is_of_its_change_only(held: Callable[..., Any]) -> None:
+    model, session, one, _ = held("checkpoint")
+    session.apply(one)
+    session.apply([])
+    with torch.no_grad():
+        for value in model.parameters():
+            value.mul_(2)
+    edited = parameters(model)
+    session.engine.store.policy = "ram"
+    session.apply(one)
+    session.restore()
+    assert same(model, edited)

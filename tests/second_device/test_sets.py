@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import random
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,15 +36,28 @@ def same(model: nn.Module, numbers: dict[str, Tensor]) -> bool:
     return now.keys() == numbers.keys() and all(same_bits(now[name], numbers[name]) for name in now)
 
 
+POLICIES = ("ram", "device", "checkpoint", "checkpoint, opened each time")
+"""The last as on Windows."""
+
+
 def session_of(model: nn.Module, policy: str, folder: str) -> lib_locon.Session:
     """With a base that is kept so; the file of the model is there for the first half of its weights."""
     session = lib_locon.Session(model)
-    session.engine.store.policy = policy
-    if policy == "checkpoint":
+    session.engine.store.policy = policy.partition(",")[0]
+    if policy.startswith("checkpoint"):
         state = model.state_dict()
         known = {name: state[name] for name in sorted(state)[: len(state) // 2 + 1]}
-        session.engine.store.source = source_of(checkpoint(Path(folder) / "model.safetensors", known))
+        session.engine.store.source = source_of(
+            checkpoint(Path(folder) / "model.safetensors", known), hold=policy == "checkpoint"
+        )
     return session
+
+
+def channels_last(model: nn.Module) -> None:
+    for layer in model.children():
+        order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(layer.weight.ndim)
+        if order is not None:
+            layer.to(memory_format=order)
 
 
 def spread(model: nn.Module, rng: random.Random, among: list[torch.device]) -> None:
@@ -54,30 +69,46 @@ def spread(model: nn.Module, rng: random.Random, among: list[torch.device]) -> N
 @given(
     stack=stacks(list(slots())),
     rng=st.randoms(use_true_random=False),
-    policy=st.sampled_from(["ram", "device", "checkpoint"]),
+    policy=st.sampled_from(POLICIES),
     among=st.sampled_from([[DEVICES[0]], [*DEVICES, CPU]]),
+    last=st.booleans(),
+    pins=st.booleans(),
 )
 def test_after_every_set_the_model_holds_its_sum_wherever_its_weights_are(
-    stack: Stack, rng: random.Random, policy: str, among: list[torch.device]
+    stack: Stack, rng: random.Random, policy: str, among: list[torch.device], last: bool, pins: bool
 ) -> None:
     model = stack.model()
     base = parameters(model)
+    if last:
+        channels_last(model)
+    torch.ops.second_device.pin(pins)
     with tempfile.TemporaryDirectory() as folder:
         adapters = stack.load(Path(folder))
         session = session_of(model, policy, folder)
         spread(model, rng, among)
         for chosen, expected in zip(stack.sets, sums(stack, base), strict=True):
             places = {name: parameter.device for name, parameter in model.named_parameters()}
-            session.apply(uses_of(adapters, chosen))
+            with torch.inference_mode(rng.random() < 0.3):
+                session.apply(uses_of(adapters, chosen))
             assert places == {name: parameter.device for name, parameter in model.named_parameters()}
             assert wrong(copy.deepcopy(model).to(CPU), expected, base) == []
             assert session.apply(uses_of(adapters, chosen)).written == 0
             if rng.random() < 0.5:
                 spread(model, rng, among)
                 assert session.apply(uses_of(adapters, chosen)).written == 0
-        session.apply([])
+        if rng.random() < 0.5:
+            session.apply([])
+        else:
+            session.restore()
         assert same(model, base)
         assert not session.active
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    torch.ops.second_device.pin(True)
+    torch.ops.second_device.fail_after(-1)
 
 
 @settings(max_examples=100)
@@ -106,9 +137,10 @@ def test_beside_its_layers_a_set_gives_the_output_of_its_sum(stack: Stack) -> No
 
 
 @settings(max_examples=40)
-@given(stack=stacks(list(slots())), policy=st.sampled_from(["ram", "device", "checkpoint"]), data=st.data())
+@given(stack=stacks(list(slots())), policy=st.sampled_from(POLICIES), data=st.data())
 def test_wherever_its_memory_runs_out_the_base_is_there(stack: Stack, policy: str, data: st.DataObject) -> None:
     model = stack.model()
+    channels_last(model)
     base = parameters(model)
     with tempfile.TemporaryDirectory() as folder:
         adapters = stack.load(Path(folder))
