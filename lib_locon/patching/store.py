@@ -143,7 +143,7 @@ class BaseStore:
 
     @property
     def free_unused(self) -> bool:
-        """Whether a copy is given back as soon as nothing uses it."""
+        """Whether a copy is given back as soon as nothing uses it; if pinned, at the end of a change."""
         return self._free_unused
 
     @free_unused.setter
@@ -151,7 +151,6 @@ class BaseStore:
         self._free_unused = wanted
         if wanted:
             self._unused.clear()
-            self._transit.wait()
 
     def release(self, path: str) -> None:
         """Lets go of a weight that holds its base again."""
