@@ -183,7 +183,7 @@ def uses_of(adapters: list[lib_locon.Adapter], chosen: Sequence[tuple[int, float
     return [lib_locon.Use(adapters[number], lib_locon.Strengths.both(strength)) for number, strength in chosen]
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(stack=stacks(list(slots())), order=st.randoms(use_true_random=False))
 def test_after_every_set_the_model_holds_its_sum_and_nothing_of_the_sets_before(
     stack: Stack, order: random.Random
@@ -211,7 +211,7 @@ def test_after_every_set_the_model_holds_its_sum_and_nothing_of_the_sets_before(
     assert not session.active
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(stack=stacks([slot for slot in slots() if slot.startswith(("linear", "conv"))]))
 def test_beside_its_layers_a_set_gives_the_output_of_its_sum_and_leaves_no_hook(stack: Stack) -> None:
     model = stack.model()
