@@ -7,7 +7,7 @@ memory does not. So what is sent goes through a few pinned buffers in turn: one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -64,7 +64,7 @@ class Uploader:
             (tensor,) = group
             out = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
             return [self.fill(out, partial(_copy_part, tensor.reshape(-1)))]
-        *starts, nbytes = accumulate((_aligned(tensor.nbytes) for tensor in group), initial=0)
+        *starts, nbytes = accumulate((aligned(tensor.nbytes) for tensor in group), initial=0)
         there = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         with self._buffer(nbytes) as here:
             for tensor, start in zip(group, starts, strict=True):
@@ -75,7 +75,7 @@ class Uploader:
     @contextmanager
     def _buffer(self, nbytes: int) -> Iterator[Tensor]:
         """Bytes that the GPU does not read any more, to be filled and sent within this."""
-        room = _aligned(nbytes)
+        room = aligned(nbytes)
         buffer = self._buffers[-1] if self._buffers else None
         if buffer is None or len(buffer.numbers) - buffer.used < room:
             buffer = self._next(room)
@@ -86,15 +86,14 @@ class Uploader:
         if self._buffers:
             self._buffers[-1].sent.record(torch.cuda.current_stream(self.device))
         if len(self._buffers) < BUFFERS:
-            # one alone need be no larger than what is sent
-            size = room if not self._buffers else PART
-            buffer = _Buffer(_pinned(max(room, size)), torch.cuda.Event())  # type: ignore[no-untyped-call]
+            size = PART if self._buffers else room  # one alone need be no larger than what is sent
+            buffer = _Buffer(_memory(size), torch.cuda.Event())  # type: ignore[no-untyped-call]
         else:
             buffer = self._buffers.pop(0)
             buffer.sent.synchronize()
             buffer.used = 0
             if len(buffer.numbers) < room:
-                buffer.numbers = _pinned(PART)
+                buffer.numbers = _memory(PART)
         self._buffers.append(buffer)
         return buffer
 
@@ -115,7 +114,7 @@ def _groups(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     group: list[Tensor] = []
     nbytes = 0
     for tensor in tensors:
-        size = _aligned(tensor.nbytes)
+        size = aligned(tensor.nbytes)
         if group and nbytes + size > PART:
             yield group
             group, nbytes = [], 0
@@ -133,7 +132,8 @@ def _copy_part(flat: Tensor, first: int, part: Tensor) -> None:
     part.copy_(flat[first : first + len(part)])
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """So many bytes that the next tensor after them begins at a good address."""
     return -(-nbytes // ALIGNED) * ALIGNED
 
 
@@ -142,9 +142,16 @@ def _at(memory: Tensor, start: int, like: Tensor) -> Tensor:
     return memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _pinned(nbytes: int) -> Tensor:
-    with for_later():
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-        except RuntimeError:  # the system pins no more: each copy is then waited for, by torch itself
-            return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+def pinned(nbytes: int) -> Tensor | None:
+    """Bytes of pinned memory; None where the system pins no more."""
+    with for_later(), suppress(RuntimeError):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    return None
+
+
+def _memory(nbytes: int) -> Tensor:
+    found = pinned(nbytes)
+    if found is not None:
+        return found
+    with for_later():  # each copy is then waited for, by torch itself
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")

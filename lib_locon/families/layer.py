@@ -160,10 +160,10 @@ class Layer:
 
     def _moved_once(self, what: Movable, device: torch.device) -> Movable:
         """`what`, a part of this layer, on a device; where it is not, the same one until `release`."""
-        moved = self._moved.get((id(what), device))  # once: `release` may come from another thread
-        if moved is None:
-            moved = what if _is_on(what, device) else self._moved.setdefault((id(what), device), what.to(device))
-        return moved
+        there = self._moved.get((id(what), device))  # once: `release` may come from another thread
+        if there is None:
+            there = what if _is_on(what, device) else self._moved.setdefault((id(what), device), what.to(device))
+        return there
 
     @cached_property
     def _moved(self) -> dict[tuple[int, torch.device], Any]:

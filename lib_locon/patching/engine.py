@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
 from lib_locon.patching.bits import same_bits
-from lib_locon.patching.compute import Workspace, exact_sums, overflowing
+from lib_locon.patching.compute import Workspace, exact_sums
 from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held, keys
 from lib_locon.patching.parameters import ModuleGone, Parameters
@@ -246,8 +246,9 @@ class Engine:
         with begin() as alone:
             # first those that get their base back: their copies are given back before others are made
             for some in ([p for p in paths if not plan.get(p)], [p for p in paths if plan.get(p)]):
-                self._writer.prepare({path: weights[path] for path in some if path in weights}, plan)
-                shared = {path: weights[path].numel() for path in some if self._can_share(path, weights)}
+                there = {path: weights[path] for path in some if path in weights}
+                self._writer.prepare(there, plan)
+                shared = {path: it.numel() for path, it in there.items() if self._writer.can_share(path, it)}
                 crew = crew_for(sum(shared.values()))
                 if crew is not None:
                     # the largest first, so that both end at nearly the same time
@@ -258,14 +259,9 @@ class Engine:
                     if crew is None or path not in shared:
                         alone(path)
         self.store.wait()
-        path = self._overflowing(extremes)
+        path = self._writer.overflowing(extremes)
         if path:
             raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")
-
-    def _can_share(self, path: str, weights: Mapping[str, Tensor]) -> bool:
-        """Whether workers may write this weight. Not those that run others' code, or on a GPU."""
-        weight = weights.get(path)
-        return weight is not None and weight.is_cpu and self._writer.can_hold(path)
 
     def _write(
         self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
@@ -285,15 +281,6 @@ class Engine:
         else:
             self._forget(path, self.store.release)
         return extremes
-
-    def _overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
-        """The first of these weights whose sum its dtype cannot hold; "" for none. Waits for a GPU once, at the end."""
-        noted = {p: (seen, self._weights.weight(p).dtype) for p, seen in extremes.items() if seen is not None}
-        return next(filter(self._has_finite_base, overflowing(noted)), "")
-
-    def _has_finite_base(self, path: str) -> bool:
-        # a checkpoint that has NaN in it was so before: not the adapter's doing, and no reason to refuse it
-        return bool(torch.isfinite(self.store.save(path, self._weights.weight(path)).float()).all())
 
     def _forget(self, path: str, forget: Callable[[str], None] | None = None) -> None:
         # the copy first: interrupted in between, the weight counts as held and is looked at again; the other way round

@@ -1,4 +1,4 @@
-"""Memory for pristine weights: in large pages where they fill one, given back when the tensor dies."""
+"""Memory for pristine weights: in large pages where they fill one, or pinned for GPUs; given back when they die."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lib_locon.arithmetic import for_later
+from lib_locon.uploads import aligned, pinned
 
 LARGE = 2 << 20  # bytes: one large page of x86 and most of ARM
 FIRST_BLOCK, BLOCK = 4 << 20, 64 << 20  # bytes of pinned memory that are taken at a time
-ALIGNED = 512  # bytes, as torch's own tensors in it
 SMALL = 64 << 10  # bytes: below it a mapping of its own would waste much of its last page
 
 
@@ -75,7 +75,7 @@ class Pinned:
     def take(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A tensor whose numbers lie side by side, undefined; None where the system pins no more."""
         nbytes = prod(shape) * dtype.itemsize
-        room = max(1, -(-nbytes // ALIGNED)) * ALIGNED
+        room = aligned(max(1, nbytes))
         found = self._place(room)
         if found is None:
             return None
@@ -120,11 +120,10 @@ class Pinned:
     def _another(self, room: int) -> _Block | None:
         # small ones first: not every model is large; and a power of two, or torch takes one and keeps the rest
         size = max(1 << (room - 1).bit_length(), min(BLOCK, FIRST_BLOCK << len(self._blocks)))
-        try:
-            with for_later():
-                self._blocks.append(_Block(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)))
-        except RuntimeError:
+        memory = pinned(size)
+        if memory is None:
             return None
+        self._blocks.append(_Block(memory))
         return self._blocks[-1]
 
 

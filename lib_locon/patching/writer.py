@@ -13,7 +13,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lib_locon.patching.compute import Workspace, only_product, overflows, patched, write_from_file, write_sum
+from lib_locon.patching.compute import (
+    Workspace,
+    only_product,
+    overflowing,
+    overflows,
+    patched,
+    write_from_file,
+    write_sum,
+)
 from lib_locon.patching.parameters import Parameters
 from lib_locon.patching.plan import Delta, Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
@@ -49,6 +57,15 @@ class Writer:
     def can_hold(self, path: str) -> bool:
         """Whether the weight itself can hold base + ΔW; of the others the module says what they stand for."""
         return self._findings.cannot_hold(*self._weights.owner(path)) is None
+
+    def can_share(self, path: str, weight: Tensor) -> bool:
+        """Whether workers may write this weight. Not those that run others' code, or on a GPU."""
+        return weight.is_cpu and self.can_hold(path)
+
+    def overflowing(self, extremes: Mapping[str, Tensor | None]) -> str:
+        """The first of these weights whose sum its dtype cannot hold; "" for none. Waits for a GPU once."""
+        noted = {p: (seen, self._weights.weight(p).dtype) for p, seen in extremes.items() if seen is not None}
+        return next(filter(self._has_finite_base, overflowing(noted)), "")
 
     def ready(
         self, path: str, weight: Tensor, patches: Sequence[Patch], rounding: Rounding, space: Workspace | None
@@ -104,6 +121,10 @@ class Writer:
             raise OverflowError("at these strengths its numbers are beyond fp32")
         out.copy_(encode(module, name, total, out.dtype))  # kept within its range
         return None
+
+    def _has_finite_base(self, path: str) -> bool:
+        # a checkpoint that has NaN in it was so before: not the adapter's doing, and no reason to refuse it
+        return bool(torch.isfinite(self._store.save(path, self._weights.weight(path)).float()).all())
 
 
 def writing(weight: Tensor) -> AbstractContextManager[object]:

@@ -18,7 +18,7 @@ from tests.conftest import WriteAdapter
 from tests.second_device.device import DEVICES
 from tests.second_device.test_sets import parameters, same
 from tests.second_device.test_waits import POLICIES, factors, layers
-from tests.test_store import checkpoint, source_of
+from tests.second_device.ways import keep
 
 
 class Interrupt(TorchDispatchMode):
@@ -41,13 +41,12 @@ def held(write_adapter: WriteAdapter, tmp_path: Path) -> Callable[..., tuple[nn.
 
     def make(policy: Policy) -> tuple[nn.Module, lib_locon.Session, Any, Any]:
         model = layers(2)
-        source = source_of(checkpoint(tmp_path / "model.safetensors", model.state_dict()))
-        session = lib_locon.Session(model.to(DEVICES[0]))
-        session.engine.store.policy, session.engine.store.source = policy, source
+        session = lib_locon.Session(model)
+        keep(session, policy, tmp_path, model.state_dict())
         sets = []
         for kind in ("lora", "dora"):
             generator = torch.Generator().manual_seed(1)
-            modules = {name: factors(kind, layer.weight, generator) for name, layer in model.to("cpu").items()}
+            modules = {name: factors(kind, layer.weight, generator) for name, layer in model.items()}
             path = write_adapter(tmp_path / f"{kind}.safetensors", modules)
             sets.append([lib_locon.Use(lib_locon.load(path), lib_locon.Strengths.both(0.7))])
         model.to(DEVICES[0])

@@ -19,9 +19,9 @@ from lib_locon.errors import PatchError
 from lib_locon.patching.bits import same_bits
 from tests.oracles.lycoris_oracle import inputs
 from tests.second_device.device import DEVICES
+from tests.second_device.ways import WAYS, keep
 from tests.test_side_path import NOISE, error, hooked, output
 from tests.test_stacks import ADDITIVE, Stack, rounded, slots, stacks, sums, uses_of, wrong
-from tests.test_store import checkpoint, source_of
 
 CPU = torch.device("cpu")
 
@@ -36,20 +36,10 @@ def same(model: nn.Module, numbers: dict[str, Tensor]) -> bool:
     return now.keys() == numbers.keys() and all(same_bits(now[name], numbers[name]) for name in now)
 
 
-POLICIES = ("ram", "device", "checkpoint", "checkpoint, opened each time")
-"""The last as on Windows."""
-
-
-def session_of(model: nn.Module, policy: str, folder: str) -> lib_locon.Session:
-    """With a base that is kept so; the file of the model is there for the first half of its weights."""
-    session = lib_locon.Session(model)
-    session.engine.store.policy = policy.partition(",")[0]
-    if policy.startswith("checkpoint"):
-        state = model.state_dict()
-        known = {name: state[name] for name in sorted(state)[: len(state) // 2 + 1]}
-        session.engine.store.source = source_of(
-            checkpoint(Path(folder) / "model.safetensors", known), hold=policy == "checkpoint"
-        )
+def session_of(model: nn.Module, way: str, folder: str) -> lib_locon.Session:
+    """With a file of the model for the first half of its weights."""
+    session, state = lib_locon.Session(model), model.state_dict()
+    keep(session, way, Path(folder), {name: state[name] for name in sorted(state)[: len(state) // 2 + 1]})
     return session
 
 
@@ -69,7 +59,7 @@ def spread(model: nn.Module, rng: random.Random, among: list[torch.device]) -> N
 @given(
     stack=stacks(list(slots())),
     rng=st.randoms(use_true_random=False),
-    policy=st.sampled_from(POLICIES),
+    policy=st.sampled_from(WAYS),
     among=st.sampled_from([[DEVICES[0]], [*DEVICES, CPU]]),
     last=st.booleans(),
     pins=st.booleans(),
@@ -137,7 +127,7 @@ def test_beside_its_layers_a_set_gives_the_output_of_its_sum(stack: Stack) -> No
 
 
 @settings(max_examples=40)
-@given(stack=stacks(list(slots())), policy=st.sampled_from(POLICIES), data=st.data())
+@given(stack=stacks(list(slots())), policy=st.sampled_from(WAYS), data=st.data())
 def test_wherever_its_memory_runs_out_the_base_is_there(stack: Stack, policy: str, data: st.DataObject) -> None:
     model = stack.model()
     channels_last(model)

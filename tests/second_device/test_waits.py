@@ -17,7 +17,7 @@ from lib_locon.patching.store import Policy
 from lib_locon.uploads import ALIGNED, BUFFERS, PART, Uploader
 from tests.conftest import WriteAdapter
 from tests.second_device.device import DEVICES, counted
-from tests.test_store import checkpoint, source_of
+from tests.second_device.ways import WAYS, keep
 
 RANK = 4
 KINDS = ("lora", "dora", "loha", "lokr")
@@ -58,18 +58,13 @@ def factors(kind: str, weight: Tensor, generator: torch.Generator) -> dict[str, 
     return found | ({"dora_scale": some(out, 1, *ones) + 1} if kind == "dora" else {})
 
 
-WAYS = ("ram", "device", "checkpoint", "checkpoint, opened each time")
-"""The last as on Windows."""
-
-
 def costs(
     number: int, kind: str, way: str, adapter: Make, folder: Path, *, last: bool = False
 ) -> dict[str, dict[str, int]]:
     model = layers(number).to(memory_format=torch.channels_last if last else torch.contiguous_format)
-    policy, _, opened = way.partition(",")
-    source = source_of(checkpoint(folder / "model.safetensors", model.state_dict()), hold=not opened)
-    session = lib_locon.Session(model.to(DEVICES[0]))
-    session.engine.store.policy, session.engine.store.source = policy, source
+    session = lib_locon.Session(model)
+    keep(session, way, folder, model.state_dict())
+    model.to(DEVICES[0])
     first, second = adapter(number, kind, 1), adapter(number, kind, 2)
     sets = {"first": (first, 1.0), "strength": (first, 0.5), "another": (second, 1.0), "same": (second, 1.0)}
     sets |= {"none": (second, 0.0), "from base": (second, 1.0)}
