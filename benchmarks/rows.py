@@ -18,8 +18,8 @@ import lib_locon
 from benchmarks import adapters
 from benchmarks.memory import settle, watch, watch_gpu
 from benchmarks.models import save_checkpoint
-from lib_locon.arithmetic import multiplier
 from lib_locon.patching.store import Policy
+from lib_locon.products import multiplier
 
 SIDE = 2048
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import lib_locon
-from lib_locon import Session, Strengths, Use, arithmetic
-from lib_locon.arithmetic import add_product, exact_arithmetic, multiplier, product_adder
+from lib_locon import Session, Strengths, Use, products
+from lib_locon.arithmetic import exact_arithmetic
 from lib_locon.errors import PatchError
 from lib_locon.families.build import Hints, build_layers
 from lib_locon.families.dora import DoRALayer
@@ -21,6 +21,7 @@ from lib_locon.families.lora import LoRA
 from lib_locon.patching.compute import TILE, Workspace, patched
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import make_plan
+from lib_locon.products import add_product, multiplier, product_adder
 from tests.conftest import TORCH, MakePatch, WriteAdapter, Zoo
 from tests.test_faults import FaultAt, operations
 
@@ -35,7 +36,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
     """Both ways to multiply: what torch brings differs from build to build."""
     if not request.param:
-        monkeypatch.setattr(arithmetic, "_onednn", lambda: None)
+        monkeypatch.setattr(products, "_onednn", lambda: None)
     yield request.param
 
 
@@ -64,18 +65,65 @@ def test_a_product_is_that_of_float64(size: tuple[int, int, int], transposed: bo
 def test_a_product_added_by_rows(dtype: torch.dtype, rows: int) -> None:
     left, right = rand(77, 96), rand(96, 1283, seed=1)
     base, out = rand(77, 1283, seed=2).to(dtype), torch.full((77, 1283), torch.nan, dtype=dtype)
-    if arithmetic._onednn() is None:
+    if products._onednn() is None:
         assert not add_product(out, base, left, right, rows)
         assert bool(out.isnan().all())
         return
     for factor, other in ((left, right), (left.T.contiguous().T, right.T.contiguous().T)):
-        assert add_product(out.fill_(torch.nan), base, factor, other, rows)
+        assert add_product(out.fill_(torch.nan), base, factor, other, rows * 1283)
         total = base.float() + torch.cat([multiplier(other)(part) for part in factor.split(rows)])
         assert torch.equal(out, total.to(dtype))  # in fp32, and rounded once
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [
+        (320, 8, 2880), (208, 96, 6160), (64, 192, 11520), (64, 193, 3104), (77, 32, 1280), (48, 4, 36), (4, 8, 2880),
+        (16, 32, 16), (1, 96, 320), (5, 3, 7), (1280, 31, 16),
+    ],
+)  # fmt: skip
+def test_the_same_bits_by_mkl_and_by_onednn(
+    m: int, k: int, n: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So nothing depends on the shape of a tile, the threads that are free, or what else is added to a weight."""
+    if products._by_tiles() is None:
+        pytest.skip("this torch compiles no loop")
+    left, right, base = rand(m, k), rand(k, n, seed=1), rand(m, n, seed=2).to(dtype)
+    found, other = torch.full((2, m, n), torch.nan, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert add_product(found, base, left, right, TILE)
+        product = multiplier(right)(left)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(products, "_mkl_is_as_good", lambda: False)
+    assert add_product(other, base, left, right, 20 * n)
+    assert torch.equal(found, other)
+    assert torch.equal((base.float() + product).to(dtype), other)
+
+
+def test_mkl_is_done_without_where_its_bits_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    operator = products._onednn()
+    if operator is None:
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    is_as_good, above = products._mkl_is_as_good.__wrapped__, torch.tensor(torch.inf)
+    monkeypatch.setattr(products, "_onednn", lambda: lambda *given: torch.nextafter(operator(*given), above))
+    assert not is_as_good()
+    monkeypatch.setattr(products, "_onednn", lambda: operator)
+    monkeypatch.setattr(
+        torch, "addmm", lambda base, left, right: base + operator(left, right.t(), None, "none", [], "")
+    )
+    assert is_as_good() == torch.backends.mkl.is_available()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert not is_as_good()
+
+
 def test_what_fails_in_a_compiled_loop_is_told_in_one_line() -> None:
-    if arithmetic._by_rows() is None:
+    if products._by_tiles() is None:
         pytest.skip("this torch compiles no loop")
     whole = torch.zeros(4, 8)
     with pytest.raises(RuntimeError) as told:  # it is another tensor's memory that is to be written: torch refuses
@@ -132,12 +180,12 @@ def test_the_same_bits_where_torch_compiles_no_loop(
         raise RuntimeError("there is no TorchScript any more")
 
     monkeypatch.setattr(torch.jit, "script", refuse)
-    arithmetic._by_rows.cache_clear()
+    products._by_tiles.cache_clear()
     try:
         assert torch.equal(patched(base, patches)[0], found)
     finally:
-        arithmetic._by_rows.cache_clear()
-    assert bool(refused) == (arithmetic._onednn() is not None)
+        products._by_tiles.cache_clear()
+    assert bool(refused) == (products._onednn() is not None)
     assert not torch.equal(found, base)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import lib_locon
-from lib_locon import arithmetic
+from lib_locon import products
 from lib_locon.errors import PatchError
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Plan, make_plan
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 PATHS = ("linear.weight", "fused.weight", "conv1d.weight", "conv2d.weight", "conv3d.weight", "embedding.weight")
 compiled = pytest.mark.skipif(
-    arithmetic._onednn() is None or arithmetic._by_rows() is None, reason="this torch compiles no loop"
+    products._onednn() is None or products._by_tiles() is None, reason="this torch compiles no loop"
 )
 
 
-def products(patch: MakePatch, model: nn.Module, paths: tuple[str, ...], seed: int) -> Plan:
+def product_plan(patch: MakePatch, model: nn.Module, paths: tuple[str, ...], seed: int) -> Plan:
     """A small random product on each of these weights."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,11 +53,11 @@ class Breaking:
         self.at, self.when, self.error = at, when, error
         self.calls = itertools.count()
 
-    def __call__(self, out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: int) -> bool:
+    def __call__(self, out: Tensor, base: Tensor, left: Tensor, right: Tensor, numbers: int) -> bool:
         fails = next(self.calls) == self.at
         if fails and self.when == "before":
             raise self.error
-        done = arithmetic.add_product(out, base, left, right, rows)
+        done = products.add_product(out, base, left, right, numbers)
         assert done, "made in another way"
         if fails:
             if self.when == "half way":
@@ -77,7 +77,7 @@ def test_a_fault_at_any_product_leaves_the_base(
     zoo: Zoo, patch: MakePatch, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, error: BaseException, when: str
 ) -> None:
     model = zoo(dtype)
-    old, new = products(patch, model, PATHS[:4], 1), products(patch, model, PATHS[1:], 2)
+    old, new = product_plan(patch, model, PATHS[:4], 1), product_plan(patch, model, PATHS[1:], 2)
     base, engine = weights(model), Engine(model)
     engine.apply(new)
     wanted = weights(model)
@@ -119,12 +119,12 @@ def test_a_worker_in_the_middle_of_its_product_writes_before_the_base_comes_back
         if number == 0:
             raise error
         time.sleep(0.1)
-        late.append(arithmetic.add_product(out, *others))  # type: ignore[arg-type]
+        late.append(products.add_product(out, *others))  # type: ignore[arg-type]
         return True
 
     monkeypatch.setattr("lib_locon.patching.compute.add_product", product)
     with pytest.raises((PatchError, KeyboardInterrupt)):
-        engine.apply(products(patch, model, PATHS, 1))
+        engine.apply(product_plan(patch, model, PATHS, 1))
     assert late == [True]
     for _ in range(2):
         assert weights(model) == base

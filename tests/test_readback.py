@@ -18,7 +18,7 @@ from lib_locon.patching import compute
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Plan, make_plan
 from lib_locon.patching.store import BaseStore
-from tests.test_faults_low_rank import PATHS, compiled, products
+from tests.test_faults_low_rank import PATHS, compiled, product_plan
 from tests.test_store import bits, checkpoint, randn, source_of, weights
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def engine_of(model: nn.Module, path: Path, *, stored: torch.dtype | None = None
 
 
 def at(strength: float, patch: MakePatch, model: nn.Module, seed: int = 1) -> Plan:
-    plan = products(patch, model, PATHS, seed)
+    plan = product_plan(patch, model, PATHS, seed)
     return {path: tuple(type(p)(p.source, p.view, strength, p.delta) for p in plan[path]) for path in plan}
 
 

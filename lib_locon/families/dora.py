@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import add_scaled, matrix, multiplier, working_dtype
+from lib_locon.arithmetic import add_scaled, matrix, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder, Family
 from lib_locon.families.layer import Layer
+from lib_locon.products import multiplier
 
 STRIP = 128  # rows at a time
 

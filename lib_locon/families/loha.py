@@ -8,9 +8,10 @@ from math import prod
 
 from torch import Tensor
 
-from lib_locon.arithmetic import add_scaled_product, matrix, multiplier
+from lib_locon.arithmetic import add_scaled_product, matrix
 from lib_locon.families.base import Adder, Family, factor
 from lib_locon.families.tucker import fold_core
+from lib_locon.products import multiplier
 
 
 @dataclass(frozen=True, eq=False)

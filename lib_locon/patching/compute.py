@@ -14,19 +14,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import (
-    add_product,
-    adds_products,
-    exact_arithmetic,
-    for_later,
-    matrix,
-    product_adder,
-    working_dtype,
-)
+from lib_locon.arithmetic import exact_arithmetic, for_later, matrix, working_dtype
 from lib_locon.models.targets import View
 from lib_locon.patching.memory import allocate
 from lib_locon.patching.plan import Adder, LowRank, Patch
 from lib_locon.patching.readback import ReadBack
+from lib_locon.products import add_product, adds_products, product_adder, rows_of
 
 TILE = 2 << 18
 """Numbers in a tile on the CPU: 2 MiB of fp32. Smaller tiles lose to overhead; of larger ones the cache does not hold
@@ -125,16 +118,16 @@ def write_from_file(out: Tensor, base: ReadBack, product: tuple[Tensor, Tensor] 
     As `write_sum`; `out` is contiguous, on the CPU, and has the dtype of the base. Raises BaseLost.
     """
     target = matrix(out)
-    step = max(1, TILE // target.shape[1])
-    for start in range(0, len(target), PART * step):
-        rows = target[start : start + PART * step]
+    step = rows_of(PART * TILE, target.shape[1])
+    for start in range(0, len(target), step):
+        rows = target[start : start + step]
         pristine = base.read_rows(start, space.take("pristine", tuple(rows.shape), rows.dtype, rows.device))
         if product is None:
             rows.copy_(pristine)
         else:
             up, down = product
             left = up[start : start + len(rows)]
-            if not add_product(rows, pristine, left, down, step):  # a profiler came meanwhile
+            if not add_product(rows, pristine, left, down, TILE):  # a profiler came meanwhile
                 rows.copy_(torch.addmm(pristine.float(), left, down))
 
 
@@ -198,10 +191,10 @@ def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Wat
     rows, columns = target.shape
     ranges = list(_ranges(base, patches, space))
     whole = ranges[0] if len(ranges) == 1 and ranges[0].covers(rows) else None  # as nearly always
-    step = max(1, (TILE if out.device.type == "cpu" else rows * columns) // columns)
+    step = rows_of(TILE, columns) if out.device.type == "cpu" else max(1, rows)
     if whole is not None and whole.product is not None and not watch.needed:
         up, down = whole.product
-        if add_product(target, source, up, down, step):
+        if add_product(target, source, up, down, TILE):
             return
     scratch = None if out.dtype == work else space.take("tile", (min(step, rows), columns), work, out.device)
     start = 0

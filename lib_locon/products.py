@@ -1,0 +1,190 @@
+"""Products of fp32 matrices on the CPU, and base + product: by the fastest that torch brings, to the same bits."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import List, Optional, Union  # noqa: UP035  in TorchScript
+
+import torch
+from torch import Tensor
+
+_COMPILING = threading.Lock()
+"""Filters of warnings are those of the process: one thread of ours changes them at a time."""
+_EVEN = 16
+"""MKL sums each number of a product in the order of its terms, as oneDNN does, where rows and columns are multiples of
+this; by other kernels elsewhere."""
+_DEEPEST = 192
+"""Terms that MKL sums before it adds them to what is there."""
+_WIDEST = 3072
+"""Columns of a tile for MKL, which orders the right factor anew for each tile: many rows of few columns are best."""
+
+
+def multiplier(right: Tensor) -> Callable[[Tensor], Tensor]:
+    """left ↦ left · right, (m, k) and (k, n) of one dtype, a new tensor; fp32 rounds no factor.
+
+    For several `left`: what `right` needs is done once.
+    """
+    operator = _onednn() if _is_plain(right) else None
+    if operator is None:
+        return lambda left: left @ right
+    # it takes the transpose of a contiguous matrix as it is; another it would put in order first, at great cost
+    transposed = right.contiguous().t()
+    even = _even(right) if right.shape[1] % _EVEN == 0 else 0
+
+    def multiply(left: Tensor) -> Tensor:
+        # it would lose the gradients of factors that are being trained
+        if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+            return left @ right
+        if even and len(left) % even == 0:
+            return left @ right
+        return operator(left.contiguous(), transposed, None, "none", [], "")
+
+    return multiply
+
+
+def product_adder(right: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
+    """(out, base, left): out ← base + left · right, all of one dtype; `base` may be `out`."""
+    multiply = multiplier(right) if _is_plain(right) else None
+
+    def add(out: Tensor, base: Tensor, left: Tensor) -> None:
+        if multiply is None:
+            torch.addmm(base, left, right, out=out)
+        else:
+            torch.add(base, multiply(left), out=out)
+
+    return add
+
+
+def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, numbers: int) -> bool:
+    """out ← base + left · right, so many `numbers` at a time: summed in fp32, and rounded to the dtype of `out` once.
+
+    Factors in fp32, (m, k) and (k, n); `out` and `base` (m, n), contiguous and apart; within `torch.no_grad()`. All is
+    one call of torch, which needs nothing of Python in between: so threads that do this do not wait for each other.
+    False, and nothing is written, where torch has no such call, where Python code sees each operation, or where these
+    do not fit. Raises RuntimeError as torch's operations do (no memory).
+    """
+    fits = out.shape == base.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
+    add = _by_tiles()
+    if not fits or not _is_plain(right) or out.device != right.device or add is None or not adds_products():
+        return False
+    even, width = _even(right), right.shape[1]
+    if even:
+        width = -(-width // (-(-width // _WIDEST) * even)) * even  # as few panels as may be, all of nearly one width
+    try:
+        add(out, base, left.contiguous(), right.contiguous(), rows_of(numbers, width), width, even)
+    except RuntimeError as error:  # TorchScript tells its own steps first
+        raise RuntimeError(str(error).rpartition("\nRuntimeError: ")[2].strip()) from error
+    return True
+
+
+def rows_of(numbers: int, columns: int) -> int:
+    """As many rows as have no more `numbers` than that, and as products are made of fastest; at least one."""
+    rows = max(1, numbers // columns)
+    return rows - rows % _EVEN if rows > _EVEN and _mkl_is_as_good() else rows
+
+
+def adds_products() -> bool:
+    """Whether `add_product` can do anything here and now."""
+    return _onednn() is not None and _by_tiles() is not None and not _is_watched()
+
+
+def _add_by_tiles(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: int, width: int, even: int) -> None:
+    # compiled as TorchScript: there is no other way yet to keep a loop out of Python. Its `zip` stops at the shortest,
+    # whatever is said here; and torch 2.1 knows types by their old names only
+    none: List[Optional[Union[int, float, complex]]] = []  # noqa: UP006, UP007, UP045
+    rounds = out.dtype != right.dtype
+    space = torch.empty([rows * width if rounds and even > 0 else 0], dtype=right.dtype, device=right.device)
+    panels = zip(torch.split(out, width, 1), torch.split(base, width, 1), torch.split(right, width, 1), strict=True)
+    for panel, source, some in panels:
+        fits = even > 0 and panel.shape[1] % even == 0
+        factor = some if fits and len(left) % even == 0 else some.contiguous()
+        transposed = factor.t()
+        tiles = zip(torch.split(panel, rows), torch.split(source, rows), torch.split(left, rows), strict=True)
+        for tile, pristine, ups in tiles:
+            if fits and len(tile) % even == 0:
+                if rounds:
+                    total = space[: tile.numel()].view(tile.shape[0], tile.shape[1])
+                    total.copy_(pristine)
+                    total.addmm_(ups, factor)
+                    tile.copy_(total)
+                else:
+                    torch.addmm(pristine, ups, factor, out=tile)
+            else:
+                change = torch.ops.mkldnn._linear_pointwise(ups, transposed, None, "none", none, "")
+                if rounds:
+                    change.add_(pristine)
+                    tile.copy_(change)
+                else:
+                    torch.add(pristine, change, out=tile)
+
+
+def _even(right: Tensor) -> int:
+    """Of what MKL wants rows and columns to be multiples to give the bits of oneDNN, faster; 0 where it does not."""
+    return _EVEN if right.shape[0] <= _DEEPEST and _mkl_is_as_good() else 0
+
+
+def _is_watched() -> bool:
+    """Whether Python code sees each operation (a profiler's, as torch's FlopCounterMode): what it raises, an interrupt
+    too, would come out of TorchScript as another error."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+
+
+def _is_plain(factor: Tensor) -> bool:
+    return factor.dtype == torch.float32 and factor.device.type == "cpu"
+
+
+@cache
+def _onednn() -> Callable[..., Tensor] | None:
+    """torch's operator for left · right by oneDNN, which it brings beside MKL; None where it has none, or it is wrong.
+
+    On AMD's processors with AVX-512 MKL's fp32 product has half the speed. torch takes oneDNN's for half precision
+    only, and the operator is not among its documented ones: so it is tried on a small product first, and done without
+    on any doubt.
+    """
+    try:
+        operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        # told everything: the host may have set other defaults
+        cpu, fp32 = torch.device("cpu"), torch.float32
+        left = torch.rand((33, 24), generator=generator, dtype=fp32, device=cpu)
+        right = torch.rand((24, 65), generator=generator, dtype=fp32, device=cpu)
+        found = operator(left, right.t(), None, "none", [], "")
+        return operator if torch.allclose(found, left @ right, rtol=1e-5, atol=1e-5) else None
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return None
+
+
+@cache
+def _mkl_is_as_good() -> bool:
+    """Whether MKL adds a product to a base faster than oneDNN makes it, as where the processor has AVX2 and no more.
+
+    To the same bits, or it is done without: an image must not depend on which of them a weight's shape suits.
+    """
+    operator = _onednn()
+    if operator is None or torch.backends.cpu.get_cpu_capability() != "AVX2" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    for m, k, n in ((_EVEN, _DEEPEST, _EVEN), (9 * _EVEN, _DEEPEST - 1, 15 * _EVEN), (3 * _EVEN, 8, 20 * _EVEN)):
+        base, left, right = (
+            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            for shape in ((m, n), (m, k), (k, n))
+        )
+        if not torch.equal(torch.addmm(base, left, right), base + operator(left, right.t(), None, "none", [], "")):
+            return False
+    return True
+
+
+@cache
+def _by_tiles() -> Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], None] | None:
+    """`_add_by_tiles` without Python; None where torch cannot compile it (any more: TorchScript is deprecated)."""
+    try:
+        with _COMPILING, warnings.catch_warnings():
+            # this one only: another thread that notes the filters now puts them back later
+            warnings.filterwarnings("ignore", message=".*torch.jit.script")
+            compiled: Callable[[Tensor, Tensor, Tensor, Tensor, int, int, int], None] = torch.jit.script(_add_by_tiles)
+    except Exception:  # noqa: BLE001  whatever it is: the same sum is made without
+        return None
+    return compiled
