@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable
@@ -161,19 +162,28 @@ def _onednn() -> Callable[..., Tensor] | None:
 def _mkl_is_as_good() -> bool:
     """Whether MKL adds a product to a base faster than oneDNN makes it, as where the processor has AVX2 and no more.
 
-    To the same bits, or it is done without: an image must not depend on which of them a weight's shape suits.
+    To the same bits, or it is done without: an image must not depend on which of them a weight's shape suits. Nor on
+    the shape of a tile, as with older versions of oneDNN (torch 2.1): there the tiles stay as they are for it alone.
     """
     operator = _onednn()
     if operator is None or torch.backends.cpu.get_cpu_capability() != "AVX2" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
     generator = torch.Generator(device="cpu").manual_seed(0)
-    for m, k, n in ((_EVEN, _DEEPEST, _EVEN), (9 * _EVEN, _DEEPEST - 1, 15 * _EVEN), (3 * _EVEN, 8, 20 * _EVEN)):
-        base, left, right = (
-            torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-            for shape in ((m, n), (m, k), (k, n))
-        )
-        if not torch.equal(torch.addmm(base, left, right), base + operator(left, right.t(), None, "none", [], "")):
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    def multiplied(left: Tensor, right: Tensor) -> Tensor:
+        return operator(left, right.contiguous().t(), None, "none", [], "")
+
+    for m, k, n in ((3 * _EVEN, 8, 20 * _EVEN), (4 * _EVEN, _DEEPEST, 40 * _EVEN), (77, 96, 1283)):
+        base, left, right = some(m, n), some(m, k), some(k, n)
+        whole = multiplied(left, right)
+        if not m % _EVEN and not torch.equal(torch.addmm(base, left, right), base + whole):
             return False
+        for rows, columns in itertools.product((slice(1), slice(3, 33)), (slice(None), slice(16, 64), slice(5, 60))):
+            if not torch.equal(multiplied(left[rows].clone(), right[:, columns]), whole[rows, columns]):
+                return False
     return True
 
 

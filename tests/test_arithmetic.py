@@ -81,7 +81,7 @@ def test_a_product_added_by_rows(dtype: torch.dtype, rows: int) -> None:
     ("m", "k", "n"),
     [
         (320, 8, 2880), (208, 96, 6160), (64, 192, 11520), (64, 193, 3104), (77, 32, 1280), (48, 4, 36), (4, 8, 2880),
-        (16, 32, 16), (1, 96, 320), (5, 3, 7), (1280, 31, 16),
+        (16, 32, 16), (1, 96, 320), (5, 3, 7), (1280, 31, 16), (48, 171, 25), (48, 38, 8),
     ],
 )  # fmt: skip
 def test_the_same_bits_by_mkl_and_by_onednn(
@@ -90,6 +90,8 @@ def test_the_same_bits_by_mkl_and_by_onednn(
     """So nothing depends on the shape of a tile, the threads that are free, or what else is added to a weight."""
     if products._by_tiles() is None:
         pytest.skip("this torch compiles no loop")
+    if TORCH < (2, 9) and not products._mkl_is_as_good():
+        pytest.skip("an older oneDNN sums in an order that depends on the shape of a tile")
     left, right, base = rand(m, k), rand(k, n, seed=1), rand(m, n, seed=2).to(dtype)
     found, other = torch.full((2, m, n), torch.nan, dtype=dtype)
     before = torch.get_num_threads()
@@ -105,19 +107,44 @@ def test_the_same_bits_by_mkl_and_by_onednn(
     assert torch.equal((base.float() + product).to(dtype), other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mkl_makes_every_tile_of_a_usual_weight(
+    dtype: torch.dtype, patch: MakePatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if products._by_tiles() is None:
+        pytest.skip("this torch compiles no loop")
+    monkeypatch.setattr(products, "_mkl_is_as_good", lambda: True)  # its bits may be others here: near is enough
+    base, up, down = rand(640, 6160).to(dtype), rand(640, 4, seed=1), rand(4, 6160, seed=2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        found, _ = patched(base, [patch("w", up=up, down=down)])
+    names = {event.key for event in seen.key_averages()}
+    assert any(name.startswith("aten::addmm") for name in names)
+    assert not any("mkldnn" in name for name in names)
+    wanted = base.double() + up.double() @ down.double()
+    assert torch.allclose(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+
+
 def test_mkl_is_done_without_where_its_bits_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    operator = products._onednn()
-    if operator is None:
-        pytest.skip("this torch has no oneDNN")
+    def steady(left: Tensor, right: Tensor, *_: object) -> Tensor:
+        return (left.double() @ right.double().T).float()  # to the same bits whatever the shape
+
+    def by_shape(left: Tensor, right: Tensor, *_: object) -> Tensor:
+        return steady(left, right) * (1 if len(left) > 1 else 1.001)
+
+    def other(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return base + 1.001 * steady(left, right.T)
+
+    is_as_good = products._mkl_is_as_good.__wrapped__
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    is_as_good, above = products._mkl_is_as_good.__wrapped__, torch.tensor(torch.inf)
-    monkeypatch.setattr(products, "_onednn", lambda: lambda *given: torch.nextafter(operator(*given), above))
-    assert not is_as_good()
-    monkeypatch.setattr(products, "_onednn", lambda: operator)
-    monkeypatch.setattr(
-        torch, "addmm", lambda base, left, right: base + operator(left, right.t(), None, "none", [], "")
-    )
+    monkeypatch.setattr(products, "_onednn", lambda: steady)
+    monkeypatch.setattr(torch, "addmm", lambda base, left, right: base + steady(left, right.T))
     assert is_as_good() == torch.backends.mkl.is_available()
+    monkeypatch.setattr(products, "_onednn", lambda: by_shape)
+    assert not is_as_good()
+    monkeypatch.setattr(products, "_onednn", lambda: steady)
+    monkeypatch.setattr(torch, "addmm", other)
+    assert not is_as_good()
+    monkeypatch.setattr(torch, "addmm", lambda base, left, right: base + steady(left, right.T))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert not is_as_good()
 

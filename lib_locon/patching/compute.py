@@ -118,7 +118,7 @@ def write_from_file(out: Tensor, base: ReadBack, product: tuple[Tensor, Tensor] 
     As `write_sum`; `out` is contiguous, on the CPU, and has the dtype of the base. Raises BaseLost.
     """
     target = matrix(out)
-    step = rows_of(PART * TILE, target.shape[1])
+    step = PART * rows_of(TILE, target.shape[1])
     for start in range(0, len(target), step):
         rows = target[start : start + step]
         pristine = base.read_rows(start, space.take("pristine", tuple(rows.shape), rows.dtype, rows.device))
