@@ -14,7 +14,8 @@ from benchmarks import sdxl
 from benchmarks.memory import available
 from extensions_builtin_shim.tiny_sd import Config, TinySD
 
-MODELS = ("tiny", "sd15", "sdxl")
+MODELS = ("tiny", "sd15", "sdxl", "sdxl-small")
+SMALL = 16  # numbers along the longest axis of a weight of the last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPIES = 3.5  # the model, the floor's copy, the engine's copies, and room for temporaries
 
@@ -23,6 +24,8 @@ def skeleton(name: str) -> nn.Module:
     """The named model without memory, on the meta device."""
     if name == "sdxl":
         return tree(sdxl.shapes())
+    if name == "sdxl-small":
+        return tree({path: tuple(min(size, SMALL) for size in shape) for path, shape in sdxl.shapes().items()})
     return TinySD.skeleton(Config.tiny() if name == "tiny" else Config.sd15())
 
 

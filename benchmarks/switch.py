@@ -4,6 +4,8 @@
     python -m benchmarks.switch --dtype fp32,bf16,fp16 --json     the same in three dtypes, one JSON object on stdout
     python -m benchmarks.switch --model tiny --rows locon-r8,same a few seconds
     python -m benchmarks.switch --model sdxl --dtype fp16 --device cuda --policy device   on a GPU, the base kept there
+    python -m benchmarks.switch --model sdxl-small                its weights cut to 16 along each axis: with next to
+                                                                  nothing to add, what 1052 weights cost anyway
 
 The floor is one plain copy of the weights that the adapters touch (read the base, write the weight), timed before every
 row. A ratio is the median of row over floor, each with the floor just before it. Each row is one `Session.apply`

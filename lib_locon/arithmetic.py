@@ -16,8 +16,8 @@ _AUTOCAST = ("cpu", "cuda", "xpu")
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """`tensor` as `(first axis, all others)`; a view where the memory allows."""
-    return tensor.reshape(tensor.shape[0], -1)
+    """`tensor` as `(first axis, all others)`; a view where the memory allows, itself where it is a matrix."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[0], -1)
 
 
 def peak(tensor: Tensor) -> float:

@@ -18,7 +18,8 @@ from lib_locon.files.writer import CHUNK, write_safetensors
 from lib_locon.inspection import checkpoint_table, unwritable
 from lib_locon.matching import Match, Matched, match
 from lib_locon.models.targets import View
-from lib_locon.patching.compute import overflows, patched
+from lib_locon.patching.compute import patched
+from lib_locon.patching.overflow import overflows
 from lib_locon.patching.plan import Patch, Plan, make_plan
 from lib_locon.prompt.request import Strengths
 from lib_locon.report import AdapterReport

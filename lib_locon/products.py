@@ -28,33 +28,33 @@ def multiplier(right: Tensor) -> Callable[[Tensor], Tensor]:
 
     For several `left`: what `right` needs is done once.
     """
-    operator = _onednn() if _is_plain(right) else None
-    if operator is None:
+    by_onednn = _onednn() if _is_plain(right) else None
+    if by_onednn is None:
         return lambda left: left @ right
     # it takes the transpose of a contiguous matrix as it is; another it would put in order first, at great cost
     transposed = right.contiguous().t()
-    even = _even(right) if right.shape[1] % _EVEN == 0 else 0
 
     def multiply(left: Tensor) -> Tensor:
-        # it would lose the gradients of factors that are being trained
-        if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+        # oneDNN's would lose the gradients of factors that are being trained
+        trained = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+        if trained or _suits_mkl(left, right):
             return left @ right
-        if even and len(left) % even == 0:
-            return left @ right
-        return operator(left.contiguous(), transposed, None, "none", [], "")
+        return by_onednn(left.contiguous(), transposed)
 
     return multiply
 
 
-def product_adder(right: Tensor) -> Callable[[Tensor, Tensor, Tensor], None]:
-    """(out, base, left): out ← base + left · right, all of one dtype; `base` may be `out`."""
+def product_adder(right: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """(base, left, out) ↦ base + left · right, all of one dtype: in `out`, which may be `base`, or a new tensor.
+
+    For several `left`, as `multiplier`.
+    """
     multiply = multiplier(right) if _is_plain(right) else None
 
-    def add(out: Tensor, base: Tensor, left: Tensor) -> None:
-        if multiply is None:
-            torch.addmm(base, left, right, out=out)
-        else:
-            torch.add(base, multiply(left), out=out)
+    def add(base: Tensor, left: Tensor, out: Tensor | None = None) -> Tensor:
+        if multiply is None or _suits_mkl(left, right):
+            return torch.addmm(base, left, right) if out is None else torch.addmm(base, left, right, out=out)
+        return multiply(left).add_(base) if out is None else torch.add(base, multiply(left), out=out)
 
     return add
 
@@ -83,7 +83,7 @@ def add_product(out: Tensor, base: Tensor, left: Tensor, right: Tensor, numbers:
 
 def rows_of(numbers: int, columns: int) -> int:
     """As many rows as have no more `numbers` than that, and as products are made of fastest; at least one."""
-    rows = max(1, numbers // columns)
+    rows = max(1, numbers // max(1, columns))
     return rows - rows % _EVEN if rows > _EVEN and _mkl_is_as_good() else rows
 
 
@@ -105,21 +105,23 @@ def _add_by_tiles(out: Tensor, base: Tensor, left: Tensor, right: Tensor, rows: 
         transposed = factor.t()
         tiles = zip(torch.split(panel, rows), torch.split(source, rows), torch.split(left, rows), strict=True)
         for tile, pristine, ups in tiles:
+            total = tile
             if fits and len(tile) % even == 0:
                 if rounds:
                     total = space[: tile.numel()].view(tile.shape[0], tile.shape[1])
-                    total.copy_(pristine)
-                    total.addmm_(ups, factor)
-                    tile.copy_(total)
-                else:
-                    torch.addmm(pristine, ups, factor, out=tile)
+                    pristine = total.copy_(pristine)
+                torch.addmm(pristine, ups, factor, out=total)
             else:
-                change = torch.ops.mkldnn._linear_pointwise(ups, transposed, None, "none", none, "")
-                if rounds:
-                    change.add_(pristine)
-                    tile.copy_(change)
-                else:
-                    torch.add(pristine, change, out=tile)
+                total = torch.ops.mkldnn._linear_pointwise(ups, transposed, None, "none", none, "")
+                total = total.add_(pristine) if rounds else torch.add(pristine, total, out=tile)
+            if rounds:
+                tile.copy_(total)
+
+
+def _suits_mkl(left: Tensor, right: Tensor) -> bool:
+    """Whether MKL gives the bits of oneDNN for all of left · right, faster."""
+    even = _even(right)
+    return even > 0 and len(left) % even == 0 and right.shape[1] % even == 0
 
 
 def _even(right: Tensor) -> int:
@@ -138,8 +140,9 @@ def _is_plain(factor: Tensor) -> bool:
 
 
 @cache
-def _onednn() -> Callable[..., Tensor] | None:
-    """torch's operator for left · right by oneDNN, which it brings beside MKL; None where it has none, or it is wrong.
+def _onednn() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """(left, rightᵀ) ↦ left · right, of contiguous ones, by oneDNN, which torch brings beside MKL; None where it has
+    none, or it is wrong.
 
     On AMD's processors with AVX-512 MKL's fp32 product has half the speed. torch takes oneDNN's for half precision
     only, and the operator is not among its documented ones: so it is tried on a small product first, and done without
@@ -147,13 +150,13 @@ def _onednn() -> Callable[..., Tensor] | None:
     """
     try:
         operator: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
-        generator = torch.Generator(device="cpu").manual_seed(0)
-        # told everything: the host may have set other defaults
-        cpu, fp32 = torch.device("cpu"), torch.float32
-        left = torch.rand((33, 24), generator=generator, dtype=fp32, device=cpu)
-        right = torch.rand((24, 65), generator=generator, dtype=fp32, device=cpu)
-        found = operator(left, right.t(), None, "none", [], "")
-        return operator if torch.allclose(found, left @ right, rtol=1e-5, atol=1e-5) else None
+
+        def multiply(left: Tensor, transposed: Tensor) -> Tensor:
+            return operator(left, transposed, None, "none", [], "")
+
+        some = _numbers()
+        left, right = some(33, 24), some(24, 65)
+        return multiply if torch.allclose(multiply(left, right.t()), left @ right, rtol=1e-5, atol=1e-5) else None
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return None
 
@@ -165,26 +168,26 @@ def _mkl_is_as_good() -> bool:
     To the same bits, or it is done without: an image must not depend on which of them a weight's shape suits. Nor on
     the shape of a tile, as with older versions of oneDNN (torch 2.1): there the tiles stay as they are for it alone.
     """
-    operator = _onednn()
-    if operator is None or torch.backends.cpu.get_cpu_capability() != "AVX2" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+    by_onednn = _onednn()
+    if by_onednn is None or torch.backends.cpu.get_cpu_capability() != "AVX2" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-
-    def multiplied(left: Tensor, right: Tensor) -> Tensor:
-        return operator(left, right.contiguous().t(), None, "none", [], "")
-
+    some = _numbers()
     for m, k, n in ((3 * _EVEN, 8, 20 * _EVEN), (4 * _EVEN, _DEEPEST, 40 * _EVEN), (77, 96, 1283)):
         base, left, right = some(m, n), some(m, k), some(k, n)
-        whole = multiplied(left, right)
+        whole = by_onednn(left, right.t())
         if not m % _EVEN and not torch.equal(torch.addmm(base, left, right), base + whole):
             return False
         for rows, columns in itertools.product((slice(1), slice(3, 33)), (slice(None), slice(16, 64), slice(5, 60))):
-            if not torch.equal(multiplied(left[rows].clone(), right[:, columns]), whole[rows, columns]):
+            part = by_onednn(left[rows].clone(), right[:, columns].contiguous().t())
+            if not torch.equal(part, whole[rows, columns]):
                 return False
     return True
+
+
+def _numbers() -> Callable[..., Tensor]:
+    """shape ↦ random numbers in fp32 on the CPU, whatever else the host may have set; the same ones each time."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 @cache

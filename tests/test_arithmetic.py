@@ -18,9 +18,10 @@ from lib_locon.errors import PatchError
 from lib_locon.families.build import Hints, build_layers
 from lib_locon.families.dora import DoRALayer
 from lib_locon.families.lora import LoRA
-from lib_locon.patching.compute import TILE, Workspace, patched
+from lib_locon.patching.compute import patched
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import make_plan
+from lib_locon.patching.workspace import TILE, Workspace
 from lib_locon.products import add_product, multiplier, product_adder
 from tests.conftest import TORCH, MakePatch, WriteAdapter, Zoo
 from tests.test_faults import FaultAt, operations
@@ -52,17 +53,17 @@ def test_a_product_is_that_of_float64(size: tuple[int, int, int], transposed: bo
     assert torch.allclose(multiplier(right)(left).double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
     base, out, add = rand(m, n, seed=2), torch.empty(m, n), product_adder(right)
     for factor in (left, -left):
-        add(out, base, factor)
+        assert add(base, factor, out) is out
         wanted = base.double() + factor.double() @ right.double()
         assert torch.allclose(out.double(), wanted, rtol=1e-5, atol=1e-5 * k**0.5)
-    add(out, out, left)
+    assert add(out, left, out) is out
     assert torch.allclose(out.double(), base.double(), rtol=1e-5, atol=1e-5 * k**0.5)
 
 
 @pytest.mark.parametrize("rows", [1, 32, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("onednn")
-def test_a_product_added_by_rows(dtype: torch.dtype, rows: int) -> None:
+def test_a_product_added_by_tiles(dtype: torch.dtype, rows: int) -> None:
     left, right = rand(77, 96), rand(96, 1283, seed=1)
     base, out = rand(77, 1283, seed=2).to(dtype), torch.full((77, 1283), torch.nan, dtype=dtype)
     if products._onednn() is None:
@@ -99,12 +100,14 @@ def test_the_same_bits_by_mkl_and_by_onednn(
     try:
         assert add_product(found, base, left, right, TILE)
         product = multiplier(right)(left)
+        added = product_adder(right)(base.float(), left, None)
     finally:
         torch.set_num_threads(before)
     monkeypatch.setattr(products, "_mkl_is_as_good", lambda: False)
     assert add_product(other, base, left, right, 20 * n)
     assert torch.equal(found, other)
     assert torch.equal((base.float() + product).to(dtype), other)
+    assert torch.equal(added.to(dtype), other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -176,7 +179,7 @@ def test_an_interrupt_at_any_operation_is_one() -> None:
     def run() -> None:
         with torch.no_grad():
             if not add_product(out, base, left, right, 2):
-                product_adder(right)(out, base, left)
+                product_adder(right)(base, left, out)
 
     for number in range(operations(run)):
         with FaultAt((number,), KeyboardInterrupt, after=False), pytest.raises(KeyboardInterrupt):
@@ -269,7 +272,9 @@ def test_a_buffer_is_taken_again_and_never_for_another_name() -> None:
     first = space.take("up", (10, 10), torch.float32, CPU)
     assert space.take("up", (5, 20), torch.float32, CPU).data_ptr() == first.data_ptr()
     assert space.take("down", (10, 10), torch.float32, CPU).data_ptr() != first.data_ptr()
-    assert space.take("up", (20, 20), torch.float32, CPU).shape == (20, 20)
+    larger = space.take("up", (20, 20), torch.float32, CPU)
+    assert larger.shape == (20, 20)
+    assert space.take("up", (10, 10), torch.float32, CPU).data_ptr() == larger.data_ptr()  # the outgrown one is gone
     tile = space.take("tile", (TILE - 5,), torch.float32, CPU)
     assert space.take("tile", (TILE,), torch.float32, CPU).data_ptr() == tile.data_ptr()
     assert space.take("up", (3, 3), torch.float64, CPU).dtype == torch.float64

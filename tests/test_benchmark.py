@@ -26,7 +26,7 @@ from lib_locon.models.table import TargetTable
 ROOT = Path(__file__).parents[1]
 ASKED = ["locon-r8", "remove", "same"]
 # kohya's C3Lier: what its trainer prints for these models
-MODULES = {"tiny": (278, 72), "sd15": (278, 72), "sdxl": (788, 264)}
+MODULES = {"tiny": (278, 72), "sd15": (278, 72), "sdxl": (788, 264), "sdxl-small": (788, 264)}
 
 
 def said(benchmark: str, *options: str) -> dict[str, Any]:

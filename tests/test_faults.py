@@ -149,7 +149,7 @@ def test_a_session_that_failed_goes_on_with_other_adapters(
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr("lib_locon.patching.compute.product_adder", no_room)
+        broken.setattr("lib_locon.patching.compute._side_by_side", no_room)
         with pytest.raises(PatchError, match="out of memory"):
             session.apply([lib_locon.Use(adapter)])
     assert weights(model) == base

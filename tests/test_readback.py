@@ -18,6 +18,7 @@ from lib_locon.patching import compute
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Plan, make_plan
 from lib_locon.patching.store import BaseStore
+from lib_locon.patching.workspace import Workspace
 from tests.test_faults_low_rank import PATHS, compiled, product_plan
 from tests.test_store import bits, checkpoint, randn, source_of, weights
 
@@ -200,7 +201,7 @@ def test_a_file_that_fails_though_it_looks_as_it_was(
         broken.setattr(CheckpointSource, "read_part", lambda *_: failing)
         whole = make_plan([patch("linear.weight", randn(8, 12), source="whole")])
         with pytest.raises(PatchError, match="the drive is gone"):
-            engine._write("linear.weight", whole["linear.weight"], space=compute.Workspace())
+            engine._write("linear.weight", whole["linear.weight"], space=Workspace())
         assert weights(model) == before
         model.load_state_dict(zoo(seed=5).state_dict())
         engine.store.source = None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lib_locon
 from lib_locon import PatchError, Session, Use
 from lib_locon.families.ia3 import IA3
-from lib_locon.patching import compute, places, storage
+from lib_locon.patching import overflow, places, storage
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.plan import Plan, make_plan
 
@@ -155,10 +155,10 @@ def test_sums_on_several_devices_are_looked_at_each_on_its_own(monkeypatch: pyte
         looked.append((extremes.device, dtype, len(extremes)))
         return extremes.is_meta
 
-    monkeypatch.setattr(compute, "overflows", overflows)
+    monkeypatch.setattr(overflow, "overflows", overflows)
     cpu, meta = torch.zeros(2), torch.zeros(2, device="meta")  # which stands for a GPU
     noted = {"a": (cpu, torch.half), "b": (meta, torch.half), "c": (cpu, torch.half), "d": (cpu, torch.float)}
-    assert compute.overflowing(noted) == ["b"]
+    assert overflow.overflowing(noted) == ["b"]
     places = [(cpu.device, torch.half, 4), (meta.device, torch.half, 2), (meta.device, torch.half, 2)]
     assert looked == [*places, (cpu.device, torch.float, 2)]
 

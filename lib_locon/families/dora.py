@@ -18,9 +18,10 @@ from lib_locon.arithmetic import add_scaled, matrix, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder, Family
 from lib_locon.families.layer import Layer
-from lib_locon.products import multiplier
+from lib_locon.products import product_adder
 
-STRIP = 128  # rows at a time
+STRIP = 128  # rows at a time on the CPU
+GPU_STRIP = 4 << 20  # numbers at a time on a GPU: few steps, for to ask for one takes longer than to do it
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -76,8 +77,9 @@ class DoRALayer(Layer):
         rows = matrix(base)
         kernel = rows.shape[1] // base.shape[1]
         squares = torch.zeros(base.shape[1], dtype=working_dtype(base), device=base.device)
-        for start in range(0, len(rows), STRIP):
-            merged = merge(rows[start : start + STRIP].to(working_dtype(base)), start)
+        step = STRIP if base.is_cpu else max(1, GPU_STRIP // rows.shape[1])
+        for start in range(0, len(rows), step):
+            merged = merge(rows[start : start + step].to(working_dtype(base)), start)
             squares += merged.square_().view(len(merged), -1, kernel).sum((0, 2))
         factors = self._factors(squares.sqrt()).repeat_interleave(kernel)
 
@@ -93,9 +95,8 @@ class DoRALayer(Layer):
         if factors is not None:
             up, down = (factor.to(working_dtype(base)) for factor in factors[:2])
             up = up * factors[2]
-            multiply = multiplier(down)
-            # into the product, which is a new tensor and still in the cache
-            return lambda rows, start: multiply(up[start : start + len(rows)]).add_(rows)
+            add = product_adder(down)
+            return lambda rows, start: add(rows, up[start : start + len(rows)], None)
         inner = super().adder(base)
 
         def merge(rows: Tensor, start: int) -> Tensor:

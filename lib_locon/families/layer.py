@@ -109,7 +109,7 @@ class Layer:
         """What adds ΔW by rows (see `Family.adder`); `base` is the whole pristine weight in its own dtype."""
         dtype = working_dtype(base)
         # a family that only looks at the base's shape gets no copy of it in fp32
-        whole = base.to(dtype) if self.needs_base else base.new_zeros((), dtype=dtype).expand(base.shape)
+        whole = base.to(dtype) if self.needs_base else base.new_empty((), dtype=dtype).expand(base.shape)
         add = self._on(base.device).to(base.device, dtype).adder(whole)
         scale = self.scale
         return lambda total, augend, rows, start, strength: add(total, augend, rows, start, strength * scale)

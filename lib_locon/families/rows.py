@@ -28,7 +28,7 @@ class RowsLayer(Layer):
         return cls(**plain, whole=whole, start=start, length=length)
 
     def adder(self, base: Tensor) -> Adder:
-        inner = super().adder(base.new_zeros(()).expand(self.whole))
+        inner = super().adder(base.new_empty(()).expand(self.whole))
         # `base` is one of the model's projections; its rows of the adapter's weight begin further down
         return lambda total, augend, rows, start, strength: inner(total, augend, rows, start + self.start, strength)
 

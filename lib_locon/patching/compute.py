@@ -6,32 +6,23 @@ weight written once, and no ΔW of the weight's size is made. The low-rank patch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import exact_arithmetic, for_later, matrix, working_dtype
+from lib_locon.arithmetic import exact_arithmetic, matrix, working_dtype
 from lib_locon.models.targets import View
-from lib_locon.patching.memory import allocate
+from lib_locon.patching.overflow import Watch
 from lib_locon.patching.plan import Adder, LowRank, Patch
 from lib_locon.patching.readback import ReadBack
+from lib_locon.patching.workspace import TILE, Workspace
 from lib_locon.products import add_product, adds_products, product_adder, rows_of
 
-TILE = 2 << 18
-"""Numbers in a tile on the CPU: 2 MiB of fp32. Smaller tiles lose to overhead; of larger ones the cache does not hold
-what two workers need at a time."""
 PART = 2
 """Tiles of the base that are read from a file at a time."""
-
-_HARMLESS = {torch.float16: 8.0, torch.bfloat16: 2.0**100, torch.float32: 2.0**100, torch.float64: 2.0**900}
-"""A change that no number of the dtype can leave its range by: under half of the step between its largest numbers."""
-
-_USUAL = 2.0**16
-"""Of a strength: beyond it the products on the way may overflow, though their sum does not."""
 
 
 def patched(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
@@ -49,34 +40,6 @@ def exact_sums(*devices: str) -> Iterator[None]:
         yield
 
 
-class Workspace:
-    """Buffers for the sums of one model, one after the other: memory taken anew for each would cost as much as they do.
-
-    What was taken under a name is overwritten by the next that takes it.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-        # glibc gives each large block back to the system at once, until it has seen one of the size freed, and what
-        # lies free at the end of a heap from twice that size on: without this, every product of a tile would be made in
-        # fresh pages, at three times its cost. It holds for the whole process. Not a page of this one is touched
-        torch.empty(8 * TILE, dtype=torch.float32, device="cpu")  # freed here
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous tensor, numbers undefined."""
-        size, key = prod(shape), (name, dtype, device)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < size:
-            if device.type == "cpu":
-                # tiles differ a little from weight to weight: one buffer is to do for nearly all
-                made = allocate((max(size, TILE) if 2 * size > TILE else size,), dtype)
-            else:
-                with for_later():  # for the weights of a change, of which some may be inference tensors
-                    made = torch.empty(size, dtype=dtype, device=device)
-            buffer = self._buffers[key] = made
-        return buffer[:size].view(shape)
-
-
 def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Workspace | None = None) -> Tensor | None:
     """out ← base + Σ strength · ΔW, within `exact_sums`. Both of one shape and on one device, with no memory in common.
 
@@ -85,14 +48,17 @@ def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Worksp
     the device, so that looking at those of a whole model waits for a GPU only once. None where the factors are too
     small for any overflow.
     """
-    watch, space = _Watch(out, base, patches), space or Workspace()
+    watch, space = Watch(out, base, patches), space or Workspace()
     if not out.ndim or not all(_is_rows(patch.view) for patch in patches):
         _write_views(out, base, patches, watch)
-    elif out.is_contiguous():
-        _write_rows(out, base.contiguous(), patches, watch, space)
-    else:  # channels_last: by the same steps, so to the same bits
-        straight = space.take("whole", tuple(out.shape), out.dtype, out.device)
-        _write_rows(straight, base.contiguous(), patches, watch, space)
+        return watch.extremes()
+    # channels_last: by the same steps, so to the same bits
+    straight = out if out.is_contiguous() else space.take("whole", tuple(out.shape), out.dtype, out.device)
+    pristine = base.contiguous()
+    factors = [patch.delta.low_rank(out.device) for patch in patches]
+    if watch.needed or not _write_product(straight, pristine, patches, factors, space):
+        _write_rows(straight, pristine, patches, factors, watch, space)
+    if straight is not out:
         out.copy_(straight)
     return watch.extremes()
 
@@ -100,16 +66,14 @@ def write_sum(out: Tensor, base: Tensor, patches: Sequence[Patch], space: Worksp
 def only_product(out: Tensor, patches: Sequence[Patch], space: Workspace) -> tuple[Tensor, Tensor] | None:
     """Up and down in fp32, where the sum is the base and their product, no number can overflow, and torch makes it in
     one call: so that no more is needed of the base at a time than some rows."""
-    if working_dtype(out) != torch.float32 or not adds_products() or _Watch(out, out, patches).needed:
+    if not _adds_products_to(out) or Watch(out, out, patches).needed:
         return None
-    products = []
+    factors = []
     for patch in patches:
-        factors = patch.delta.low_rank(out.device) if patch.view == View(patch.view.path) else None
-        if factors is None:
+        factors.append(patch.delta.low_rank(out.device))
+        if factors[-1] is None:
             return None
-        products.append((factors, patch.strength))
-    up, down = _side_by_side(products, out, space, 0)
-    return (up, down) if (len(up), down.shape[1]) == matrix(out).shape else None
+    return _product(out, patches, factors, space)
 
 
 def write_from_file(out: Tensor, base: ReadBack, product: tuple[Tensor, Tensor] | None, space: Workspace) -> None:
@@ -131,48 +95,15 @@ def write_from_file(out: Tensor, base: ReadBack, product: tuple[Tensor, Tensor] 
                 rows.copy_(torch.addmm(pristine.float(), left, down))
 
 
-def overflows(extremes: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a sum with these extremes has numbers that `dtype` cannot hold, or NaN. Waits for the device."""
-    return not bool((extremes.abs() <= torch.finfo(dtype).max).all())
-
-
-def overflowing(noted: Mapping[str, tuple[Tensor, torch.dtype]]) -> list[str]:
-    """Those of many sums, by name with their extremes and dtypes, that overflow. Waits once for each dtype and device,
-    where all is well: a model may be on several."""
-    alike: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-    for name, (extremes, dtype) in noted.items():
-        alike.setdefault((dtype, extremes.device), []).append(name)
-    bad: list[str] = []
-    for (dtype, _), names in alike.items():
-        if overflows(torch.cat([noted[name][0] for name in names]), dtype):
-            bad += [name for name in names if overflows(noted[name][0], dtype)]
-    return bad
-
-
-class _Watch:
-    """Notes the extremes of a sum, tile by tile, where they are needed: to look costs a third of the sum itself."""
-
-    def __init__(self, out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
-        most = sum(abs(patch.strength) * patch.delta.bound() for patch in patches)
-        usual = most < _HARMLESS.get(out.dtype, 0.0) and all(abs(patch.strength) <= _USUAL for patch in patches)
-        self.needed = base.dtype != out.dtype or not usual
-        self._seen: list[Tensor] = []
-
-    def look(self, tile: Tensor) -> None:
-        """At a part of the sum, in the working dtype."""
-        if self.needed:
-            self._seen += torch.aminmax(tile)  # NaN where there is one
-
-    def extremes(self) -> Tensor | None:
-        """The least and the largest numbers; None where nothing needed to be looked at."""
-        return torch.stack(self._seen) if self._seen else None
-
-
 def _is_rows(view: View) -> bool:
     return not view.transposed and (view.length < 0 or view.axis == 0)
 
 
-def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Watch) -> None:
+def _is_whole(view: View) -> bool:
+    return not view.transposed and view.length < 0
+
+
+def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: Watch) -> None:
     """For the few parts that are no rows (a transposed projection, some input channels): whole, not by tiles."""
     pristine = base.to(working_dtype(base))
     total = pristine.clone(memory_format=torch.contiguous_format)
@@ -186,16 +117,59 @@ def _write_views(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Wa
     out.copy_(total)
 
 
-def _write_rows(out: Tensor, base: Tensor, patches: Sequence[Patch], watch: _Watch, space: Workspace) -> None:
+def _adds_products_to(out: Tensor) -> bool:
+    return working_dtype(out) == torch.float32 and adds_products()
+
+
+def _product(
+    out: Tensor, patches: Sequence[Patch], factors: Sequence[LowRank | None], space: Workspace
+) -> tuple[Tensor, Tensor] | None:
+    """Up and down in the working dtype, where all that is added to a weight is their product."""
+    products = [
+        (found, patch.strength)
+        for patch, found in zip(patches, factors, strict=True)
+        if found is not None and _is_whole(patch.view)
+    ]
+    if len(products) < len(patches) or not products:
+        return None
+    up, down = _side_by_side(products, out, space, 0)
+    return (up, down) if (len(up), down.shape[1]) == matrix(out).shape else None
+
+
+def _write_product(
+    out: Tensor, base: Tensor, patches: Sequence[Patch], factors: Sequence[LowRank | None], space: Workspace
+) -> bool:
+    """As `_write_rows` does, in a few calls of torch for a whole weight, and without a look at the sums. False, and
+    nothing is written, where that cannot be."""
+    product = _product(out, patches, factors, space) if not out.is_cpu or _adds_products_to(out) else None
+    if product is None:
+        return False
+    target, source = matrix(out), matrix(base)
+    if out.is_cpu:
+        return add_product(target, source, *product, TILE)
+    total = target
+    if out.dtype != working_dtype(out):
+        total = space.take("tile", tuple(target.shape), working_dtype(out), out.device)
+        source = total.copy_(source)
+    torch.addmm(source, *product, out=total)
+    if total is not target:
+        target.copy_(total)
+    return True
+
+
+def _write_rows(
+    out: Tensor,
+    base: Tensor,
+    patches: Sequence[Patch],
+    factors: Sequence[LowRank | None],
+    watch: Watch,
+    space: Workspace,
+) -> None:
     target, source, work = matrix(out), matrix(base), working_dtype(base)
     rows, columns = target.shape
-    ranges = list(_ranges(base, patches, space))
+    ranges = list(_ranges(base, patches, factors, space))
     whole = ranges[0] if len(ranges) == 1 and ranges[0].covers(rows) else None  # as nearly always
-    step = rows_of(TILE, columns) if out.device.type == "cpu" else max(1, rows)
-    if whole is not None and whole.product is not None and not watch.needed:
-        up, down = whole.product
-        if add_product(target, source, up, down, TILE):
-            return
+    step = rows_of(TILE, columns) if out.is_cpu else max(1, rows)
     scratch = None if out.dtype == work else space.take("tile", (min(step, rows), columns), work, out.device)
     start = 0
     for part, pristine in zip(torch.split(target, step), torch.split(source, step), strict=True):
@@ -219,8 +193,6 @@ class _Range:
     start: int
     stop: int
     adders: list[tuple[Adder, float]]
-    product: tuple[Tensor, Tensor] | None
-    """Up and down, where their product is all that is added; the strengths are in it."""
 
     def covers(self, rows: int) -> bool:
         """Whether these are all rows of the weight."""
@@ -245,32 +217,32 @@ class _Range:
             augend, pristine = total, base
 
 
-def _ranges(base: Tensor, patches: Sequence[Patch], space: Workspace) -> Iterator[_Range]:
+def _ranges(
+    base: Tensor, patches: Sequence[Patch], factors: Sequence[LowRank | None], space: Workspace
+) -> Iterator[_Range]:
     """The patches by the rows that they change; the low-rank ones of equal rows side by side in one product."""
-    views: dict[View, list[Patch]] = {}
-    for patch in patches:
-        views.setdefault(patch.view, []).append(patch)
+    views: dict[View, list[tuple[Patch, LowRank | None]]] = {}
+    for patch, found in zip(patches, factors, strict=True):
+        views.setdefault(patch.view, []).append((patch, found))
     for number, (view, group) in enumerate(views.items()):
         part = view.of(base)
-        products, adders = [], []
-        for patch in group:
-            factors = patch.delta.low_rank(base.device)
-            if factors is None:
-                adders.append((patch.delta.adder(part), patch.strength))
-            else:
-                products.append((factors, patch.strength))
-        product = _side_by_side(products, base, space, number) if products else None
-        only = None if adders else product
-        if product is not None:
-            adders.insert(0, (_product_adder(*product), 1.0))
+        products = [(found, patch.strength) for patch, found in group if found is not None]
+        adders = [(patch.delta.adder(part), patch.strength) for patch, found in group if found is None]
+        if products:
+            adders.insert(0, (_product_adder(*_side_by_side(products, base, space, number)), 1.0))
         first = view.start if view.length >= 0 else 0
-        yield _Range(first, first + part.shape[0], adders, only)
+        yield _Range(first, first + part.shape[0], adders)
 
 
 def _product_adder(up: Tensor, down: Tensor) -> Adder:
     """Adds up · down; the strengths are in it."""
     add = product_adder(down)
-    return lambda total, augend, base, start, strength: add(total, augend, up[start : start + len(total)])
+
+    def add_rows(total: Tensor, augend: Tensor, base: Tensor, start: int, strength: float) -> None:
+        del base, strength
+        add(augend, up[start : start + len(total)], total)
+
+    return add_rows
 
 
 def _side_by_side(
@@ -285,7 +257,8 @@ def _side_by_side(
     start = 0
     for (up, down, scale), strength in products:
         stop = start + up.shape[1]
-        ups[:, start:stop].copy_(up).mul_(strength * scale)
-        downs[start:stop].copy_(down)
+        left, right = (ups, downs) if len(products) == 1 else (ups[:, start:stop], downs[start:stop])
+        left.copy_(up).mul_(strength * scale)
+        right.copy_(down)
         start = stop
     return ups, downs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
 from lib_locon.patching.bits import same_bits
-from lib_locon.patching.compute import Workspace, exact_sums
+from lib_locon.patching.compute import exact_sums
 from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held, keys
 from lib_locon.patching.parameters import ModuleGone, Parameters
@@ -26,6 +26,7 @@ from lib_locon.patching.readback import BaseLost
 from lib_locon.patching.rounding import Rounding
 from lib_locon.patching.storage import Findings
 from lib_locon.patching.store import BaseStore
+from lib_locon.patching.workspace import Workspace
 from lib_locon.patching.writer import Send, Writer, writing
 
 
@@ -259,8 +260,7 @@ class Engine:
                     if crew is None or path not in shared:
                         alone(path)
         self.store.wait()
-        path = self._writer.overflowing(extremes)
-        if path:
+        if path := self._writer.overflowing(extremes):
             raise _Failed(path) from OverflowError("at these strengths its numbers are beyond those of its dtype")
 
     def _write(

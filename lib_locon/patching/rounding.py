@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lib_locon.arithmetic import working_dtype
 from lib_locon.errors import one_of
-from lib_locon.patching.compute import Workspace, write_sum
+from lib_locon.patching.compute import write_sum
 from lib_locon.patching.plan import Patch
+from lib_locon.patching.workspace import Workspace
 
 Rounding: TypeAlias = Literal["exact", "builtin"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)

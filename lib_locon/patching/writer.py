@@ -13,20 +13,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lib_locon.patching.compute import (
-    Workspace,
-    only_product,
-    overflowing,
-    overflows,
-    patched,
-    write_from_file,
-    write_sum,
-)
+from lib_locon.patching.compute import only_product, patched, write_from_file, write_sum
+from lib_locon.patching.overflow import overflowing, overflows
 from lib_locon.patching.parameters import Parameters
 from lib_locon.patching.plan import Delta, Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
 from lib_locon.patching.storage import Findings, decode, encode
 from lib_locon.patching.store import BaseStore
+from lib_locon.patching.workspace import Workspace
 
 Send: TypeAlias = Callable[[Iterable[Any], torch.device], bool]
 """Brings what ΔWs are made of to a GPU, for many of them at a time, and says whether anything is on its way. What it

@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lib_locon
 from lib_locon.errors import PatchError
-from lib_locon.patching.store import Policy
 from tests.conftest import WriteAdapter
 from tests.second_device.device import DEVICES
 from tests.second_device.test_sets import parameters, same
-from tests.second_device.test_waits import POLICIES, factors, layers
-from tests.second_device.ways import keep
+from tests.second_device.test_waits import factors, layers
+from tests.second_device.ways import WAYS, keep
 
 
 class Interrupt(TorchDispatchMode):
@@ -37,12 +36,12 @@ class Interrupt(TorchDispatchMode):
 
 @pytest.fixture
 def held(write_adapter: WriteAdapter, tmp_path: Path) -> Callable[..., tuple[nn.Module, lib_locon.Session, Any, Any]]:
-    """held(policy) -> a model on a GPU, its session, and two sets, of LoRA and of DoRA."""
+    """held(way) -> a model on a GPU, its session, and two sets, of LoRA and of DoRA."""
 
-    def make(policy: Policy) -> tuple[nn.Module, lib_locon.Session, Any, Any]:
+    def make(way: str) -> tuple[nn.Module, lib_locon.Session, Any, Any]:
         model = layers(2)
         session = lib_locon.Session(model)
-        keep(session, policy, tmp_path, model.state_dict())
+        keep(session, way, tmp_path, model.state_dict())
         sets = []
         for kind in ("lora", "dora"):
             generator = torch.Generator().manual_seed(1)
@@ -55,9 +54,9 @@ def held(write_adapter: WriteAdapter, tmp_path: Path) -> Callable[..., tuple[nn.
     return make
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_an_interrupt_at_any_operation_leaves_the_base(policy: Policy, held: Callable[..., Any]) -> None:
-    model, session, one, other = held(policy)
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupt_at_any_operation_leaves_the_base(way: str, held: Callable[..., Any]) -> None:
+    model, session, one, other = held(way)
     base = parameters(model)
     session.apply(one)
     patched = parameters(model)
@@ -130,13 +129,11 @@ def test_a_file_that_is_lost_meanwhile_is_said_and_nothing_wrong_is_written(
     assert same(model, base)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("first", [0, 1])
-def test_weights_that_were_made_in_inference_mode_beside_others(
-    policy: Policy, first: int, held: Callable[..., Any]
-) -> None:
+def test_weights_that_were_made_in_inference_mode_beside_others(way: str, first: int, held: Callable[..., Any]) -> None:
     """Hosts load parts of a model so; torch lets nobody write into these outside of that mode."""
-    model, session, one, other = held(policy)
+    model, session, one, other = held(way)
     plain = parameters(model)
     with torch.inference_mode():
         layer = model[f"layer{first}"]

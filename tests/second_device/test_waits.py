@@ -21,7 +21,6 @@ from tests.second_device.ways import WAYS, keep
 
 RANK = 4
 KINDS = ("lora", "dora", "loha", "lokr")
-POLICIES: tuple[Policy, ...] = ("ram", "device", "checkpoint")
 Make = Callable[[int, str, int], lib_locon.Adapter]
 
 
@@ -94,6 +93,30 @@ def test_a_change_waits_for_the_gpu_as_often_for_few_layers_as_for_many(
     assert waits["restored"] == (way != "device")
     assert many["same"] == {}
     assert max(cost.get("waits for an event", 0) for cost in many.values()) == 0  # all that goes there fits
+
+
+@pytest.mark.parametrize(("kind", "kernels"), [("lora", 6), ("lokr", 5), ("loha", 9), ("dora", 14)])
+def test_a_weight_asks_a_gpu_for_few_things(kind: str, kernels: int, adapter: Make, tmp_path: Path) -> None:
+    """To ask for one takes the processor longer than it takes the GPU to do it."""
+    found = costs(20, kind, "device", adapter, tmp_path)
+    looks = 4 if kind == "dora" else 0  # at all extremes together
+    assert found["strength"]["kernels"] == 20 * kernels + looks
+    assert found["restored"]["kernels"] == 20
+
+
+def test_the_norms_of_columns_are_asked_for_once(write_adapter: WriteAdapter, tmp_path: Path) -> None:
+    kernels = []
+    for rows in (100, 1000):
+        model = nn.ModuleDict({"linear": nn.Linear(64, rows)}).half().requires_grad_(False).to(DEVICES[0])
+        modules = {
+            "linear": factors("lora", model["linear"].weight, torch.Generator()) | {"dora_scale": torch.ones(1, 64)}
+        }
+        session = lib_locon.Session(model)
+        use = lib_locon.Use(lib_locon.load(write_adapter(tmp_path / f"{rows}.safetensors", modules)))
+        counted()
+        session.apply([use])
+        kernels.append(counted()["kernels"])
+    assert kernels[0] == kernels[1]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -245,7 +268,7 @@ def lend(pinned: Pinned, shape: tuple[int, ...]) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ["ram", "device", "checkpoint"])
 def test_the_benchmark_runs_on_a_gpu(policy: Policy) -> None:
     """And is right there: it looks at the weights itself. Its seconds are this device's, which are nobody's."""
     rows = ["locon-r8", "strength", "remove", "same"]
