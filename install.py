@@ -91,7 +91,8 @@ def test(options: list[str]) -> int:
         for step in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
             if code := run("-m", *step):
                 return code
-    return run("-m", "pytest", *options)
+    # a test keeps one core busy; a file's tests stay together, for they share what takes long to make
+    return run("-m", "pytest", *(options or ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]))
 
 
 def run(*arguments: str, stdout: TextIO | None = None) -> int:

@@ -55,6 +55,11 @@ def hands(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("crew")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first: where two processes share the tests, the other one makes the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     """Skips what a torch as old as the webui's cannot do itself on the CPU: run a layer in fp16."""

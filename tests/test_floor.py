@@ -67,6 +67,7 @@ def test_something_newer_would_be_found(newer: str, tmp_path: Path) -> None:
     assert "requires !2, 3.11" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_under_python_310_and_torch_21() -> None:
     python = os.environ.get("LOCON_FLOOR")

@@ -15,6 +15,7 @@ FILES = ("gradio_checks", "test_metadata_editor", "test_api", "test_options", "t
 TESTS = tuple(f"tests/{name}.py" for name in FILES)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_page_and_the_addresses_under_gradio(version: str) -> None:

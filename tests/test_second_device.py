@@ -14,6 +14,7 @@ from tests.environments import ROOT, run_tests
 from tests.second_device import device
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_on_a_second_device() -> None:
     if torch.version.cuda or torch.version.hip:
