@@ -51,9 +51,10 @@ def product_adder(right: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Te
     """
     multiply = multiplier(right) if _is_plain(right) else None
 
-    def add(base: Tensor, left: Tensor, out: Tensor | None = None) -> Tensor:
+    def add(base: Tensor, left: Tensor, out: Tensor | None) -> Tensor:
         if multiply is None or _suits_mkl(left, right):
             return torch.addmm(base, left, right) if out is None else torch.addmm(base, left, right, out=out)
+        # into the product, which is a new tensor and still in the cache
         return multiply(left).add_(base) if out is None else torch.add(base, multiply(left), out=out)
 
     return add

@@ -106,6 +106,12 @@ def test_sdxl_has_its_true_size() -> None:
     assert sum(n for name, n in sizes.items() if name.startswith("conditioner.embedders.1.")) == 694_659_840
 
 
+def test_the_small_sdxl_has_its_weights_cut_and_nothing_else() -> None:
+    whole, small = (dict(skeleton(name).named_parameters()) for name in ("sdxl", "sdxl-small"))
+    assert small.keys() == whole.keys()
+    assert all(small[name].shape == tuple(min(size, 16) for size in whole[name].shape) for name in whole)
+
+
 def test_every_other_row_runs(capsys: pytest.CaptureFixture[str]) -> None:
     others = [name for name in ROWS if name not in ASKED]
     options = ["--model", "tiny", "--dtype", "bf16,fp16", "--rounds", "1", "--start", "other"]

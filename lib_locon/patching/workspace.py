@@ -38,7 +38,8 @@ class Workspace:
         taken = self._taken.setdefault((name, dtype, device), {})
         if shape not in taken:
             with for_later():  # for the weights of a change, of which some may be inference tensors
-                taken[shape] = self._buffer((name, dtype, device), prod(shape))[: prod(shape)].view(shape)
+                size = prod(shape)
+                taken[shape] = self._buffer((name, dtype, device), size)[:size].view(shape)
         return taken[shape]
 
     def _buffer(self, kind: _Kind, size: int) -> Tensor:
