@@ -15,6 +15,14 @@ _AUTOCAST = ("cpu", "cuda", "xpu")
 """Where torch 2.1 knows autocast; it refuses to be told of other devices, also to leave them alone."""
 
 
+_SUMS_IN_HALF = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",  # torch 2.7
+)
+"""By which torch lets NVIDIA's libraries add in half precision what they multiplied in it."""
+
+
 def matrix(tensor: Tensor) -> Tensor:
     """`tensor` as `(first axis, all others)`; a view where the memory allows, itself where it is a matrix."""
     return tensor if tensor.ndim == 2 else tensor.reshape(tensor.shape[0], -1)
@@ -85,7 +93,8 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def exact_arithmetic(*devices: str) -> Iterator[None]:
-    """Full fp32 products on these: TF32 keeps 10 bits of a factor, autocast computes in half."""
+    """Full fp32 products on these, and sums in fp32 of halves: TF32 keeps 10 bits of a factor, autocast computes in
+    half, and so may a GPU add."""
     with _FULL_PRECISION, ExitStack() as left_alone:
         for device in devices:
             left_alone.enter_context(without_autocast(device))
@@ -118,6 +127,16 @@ class _FullPrecision:
 
 def _set_full_precision() -> Callable[[], None]:
     """Returns what puts the host's choice back."""
+    put_back = (_set_full_factors(), _set_full_sums())
+
+    def put_all_back() -> None:
+        for put in put_back:
+            put()
+
+    return put_all_back
+
+
+def _set_full_factors() -> Callable[[], None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch 2.9 on: the host has chosen by the newer switches, and the two do not mix
@@ -128,6 +147,34 @@ def _set_full_precision() -> Callable[[], None]:
         return lambda: _set_switches(switches, chosen)
     torch.set_float32_matmul_precision("highest")
     return lambda: torch.set_float32_matmul_precision(before)
+
+
+def _set_full_sums() -> Callable[[], None]:
+    products: Any = torch.backends.cuda.matmul
+    before = {name: _chosen(products, name) for name in _SUMS_IN_HALF if _has(products, name)}
+    for name in before:
+        setattr(products, name, False)
+
+    def put_back() -> None:
+        for name, value in before.items():
+            setattr(products, name, value)
+
+    return put_back
+
+
+def _chosen(products: Any, name: str) -> object:
+    """What a host has set, in the form in which it is set: newer versions of torch read the two halves of a pair by two
+    names."""
+    second = f"{name}_split_k"
+    return (getattr(products, name), getattr(products, second)) if _has(products, second) else getattr(products, name)
+
+
+def _has(products: Any, name: str) -> bool:
+    try:
+        getattr(products, name)
+    except (AttributeError, AssertionError):  # the latter in torch 2.1
+        return False
+    return True
 
 
 def _set_switches(switches: Iterable[Any], chosen: Iterable[str]) -> None:

@@ -101,7 +101,7 @@ def _plan(
             patch = use.patch(item)
             if item.view.path in grown and item.reshape != grown[item.view.path]:
                 old = item.reshape or checkpoint.entries[item.view.path].shape
-                patch = replace(patch, view=_inside(item.view, old, grown[item.view.path]))
+                patch = patch._replace(view=_inside(item.view, old, grown[item.view.path]))
             patches.append(patch)
     return make_plan(patches), grown
 

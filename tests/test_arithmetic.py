@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lib_locon
-from lib_locon import Session, Strengths, Use, products
+from lib_locon import Session, Strengths, Use, arithmetic, products
 from lib_locon.arithmetic import exact_arithmetic
 from lib_locon.errors import PatchError
 from lib_locon.families.build import Hints, build_layers
@@ -245,6 +245,29 @@ def test_precision_is_full_until_the_last_thread_is_done() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("chosen", [True, False, (False, False)], ids=str)
+@pytest.mark.parametrize("name", arithmetic._SUMS_IN_HALF)
+def test_the_host_cannot_let_a_gpu_add_in_half(name: str, chosen: bool | tuple[bool, bool]) -> None:
+    products = torch.backends.cuda.matmul
+    names = [known for known in (name, f"{name}_split_k") if arithmetic._has(products, known)]
+    if len(names) < (1 if isinstance(chosen, bool) else 2):
+        pytest.skip("this torch has no such switch")
+
+    def now() -> list[bool]:
+        return [getattr(products, known) for known in names]
+
+    before = now()
+    try:
+        setattr(products, name, chosen)
+        asked = now()
+        with exact_arithmetic("cuda"):
+            assert not getattr(products, name)
+        assert now() == asked
+        assert asked[0] == (chosen if isinstance(chosen, bool) else chosen[0])
+    finally:
+        setattr(products, name, before[0] if len(before) < 2 else tuple(before))
 
 
 @pytest.mark.skipif(TORCH < (2, 9), reason="torch before 2.9 has no such switches")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib_locon.arithmetic import exact_arithmetic, matrix, working_dtype
 from lib_locon.models.targets import View
+from lib_locon.patching.half_products import adds_in_half
 from lib_locon.patching.overflow import Watch
 from lib_locon.patching.plan import Adder, LowRank, Patch
 from lib_locon.patching.readback import ReadBack
@@ -124,7 +125,7 @@ def _adds_products_to(out: Tensor) -> bool:
 def _product(
     out: Tensor, patches: Sequence[Patch], factors: Sequence[LowRank | None], space: Workspace
 ) -> tuple[Tensor, Tensor] | None:
-    """Up and down in the working dtype, where all that is added to a weight is their product."""
+    """Up and down in the working dtype, where all that is added to a weight is their product; strengths in it."""
     products = [
         (found, patch.strength)
         for patch, found in zip(patches, factors, strict=True)
@@ -133,7 +134,7 @@ def _product(
     if len(products) < len(patches) or not products:
         return None
     up, down = _side_by_side(products, out, space, 0)
-    return (up, down) if (len(up), down.shape[1]) == matrix(out).shape else None
+    return (up, down) if (up.shape[0], down.shape[1]) == matrix(out).shape else None
 
 
 def _write_product(
@@ -141,20 +142,36 @@ def _write_product(
 ) -> bool:
     """As `_write_rows` does, in a few calls of torch for a whole weight, and without a look at the sums. False, and
     nothing is written, where that cannot be."""
-    product = _product(out, patches, factors, space) if not out.is_cpu or _adds_products_to(out) else None
-    if product is None:
-        return False
-    target, source = matrix(out), matrix(base)
+    target, source, work = matrix(out), matrix(base), working_dtype(out)
     if out.is_cpu:
-        return add_product(target, source, *product, TILE)
+        product = _product(out, patches, factors, space) if _adds_products_to(out) else None
+        return product is not None and add_product(target, source, *product, TILE)
+    scaled = _scaled_product(out, patches, factors, space)
+    if scaled is None:
+        return False
+    up, down, scale = scaled
+    if adds_in_half(target, source, up, down):
+        torch.addmm(source, up, down, alpha=scale, out=target)
+        return True
     total = target
-    if out.dtype != working_dtype(out):
-        total = space.take("tile", tuple(target.shape), working_dtype(out), out.device)
+    if out.dtype != work:
+        total = space.take("tile", tuple(target.shape), work, out.device)
         source = total.copy_(source)
-    torch.addmm(source, *product, out=total)
+    torch.addmm(source, up.to(work), down.to(work), alpha=scale, out=total)
     if total is not target:
         target.copy_(total)
     return True
+
+
+def _scaled_product(
+    out: Tensor, patches: Sequence[Patch], factors: Sequence[LowRank | None], space: Workspace
+) -> LowRank | None:
+    """As `_product`; a single one as it is stored: its strength is for the sum to multiply by."""
+    if len(patches) > 1 or factors[0] is None or not _is_whole(patches[0].view):
+        product = _product(out, patches, factors, space)
+        return None if product is None else (*product, 1.0)
+    up, down, scale = factors[0]
+    return (up, down, patches[0].strength * scale) if (up.shape[0], down.shape[1]) == matrix(out).shape else None
 
 
 def _write_rows(

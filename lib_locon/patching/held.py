@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ NEAR = 2.0**-5
 """How far a weight may be from what we wrote, as a share of the change. Roundings of another order are far below."""
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """What was last written into a weight (None: it is being written now), and how to know the weight again."""
 
     patches: tuple[Patch, ...] | None

@@ -20,9 +20,12 @@ class Watch:
     """Notes the extremes of a sum, tile by tile, where they are needed: to look costs a third of the sum itself."""
 
     def __init__(self, out: Tensor, base: Tensor, patches: Sequence[Patch]) -> None:
-        most = sum(abs(patch.strength) * patch.delta.bound() for patch in patches)
-        usual = most < _HARMLESS.get(out.dtype, 0.0) and all(abs(patch.strength) <= _USUAL for patch in patches)
-        self.needed = base.dtype != out.dtype or not usual
+        most, usual = 0.0, True
+        for patch in patches:
+            strength = abs(patch.strength)
+            most += strength * patch.delta.bound()
+            usual = usual and strength <= _USUAL
+        self.needed = base.dtype != out.dtype or not (usual and most < _HARMLESS.get(out.dtype, 0.0))
         self._seen: list[Tensor] = []
 
     def look(self, tile: Tensor) -> None:

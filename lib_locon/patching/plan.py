@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,8 +44,7 @@ class Delta(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(NamedTuple):
     """strength · ΔW on a part of one parameter. `source` says where `delta` comes from: equal sources, equal ΔW."""
 
     source: str

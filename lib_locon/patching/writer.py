@@ -6,7 +6,7 @@ What has been written, and what is to be done where that fails, is the engine's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -123,4 +123,6 @@ class Writer:
 
 def writing(weight: Tensor) -> AbstractContextManager[object]:
     """What a weight is written within: one that was made in inference mode can be written in no other."""
-    return torch.inference_mode() if weight.is_inference() else torch.no_grad()
+    if weight.is_inference():
+        return torch.inference_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else nullcontext()

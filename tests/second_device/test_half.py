@@ -1,0 +1,120 @@
+"""One product on a half-precision weight: by one call of a GPU, where that sums in fp32 and rounds once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from lib_locon.arithmetic import exact_arithmetic
+from lib_locon.patching import half_products
+from lib_locon.patching.compute import patched
+from lib_locon.patching.half_products import adds_in_half
+from tests.conftest import MakePatch
+from tests.second_device.device import DEVICES, counted
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    half_products._sums_in_fp32.cache_clear()
+    yield
+    half_products._sums_in_fp32.cache_clear()
+
+
+def some(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICES[0], dtype)
+
+
+class AddsOtherwise(TorchFunctionMode):
+    """A device whose `addmm` does something to the product of halves, before or after it is scaled."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not torch.addmm or args[0].dtype not in HALVES:
+            return function(*args, **kwargs)
+        if self.how == "refuses":
+            raise RuntimeError("not implemented for 'Half'")
+        base, left, right = args
+        alpha = kwargs["alpha"]
+        if self.how == "rounds the scale":
+            alpha = float(torch.tensor(alpha, dtype=base.dtype))
+        middle = left.shape[1] // 2
+        parts = [left[:, :middle].float() @ right[:middle].float(), left[:, middle:].float() @ right[middle:].float()]
+        if self.how == "adds in half":
+            parts = [part.to(base.dtype).float() for part in parts]
+        change = alpha * sum(parts)
+        if self.how == "rounds twice":
+            change = change.to(base.dtype).float()
+        return kwargs.get("out", base.clone()).copy_(base.float() + change)
+
+
+@contextmanager
+def other_device(how: str) -> Iterator[None]:
+    if how == "as it is":
+        yield
+    else:
+        with AddsOtherwise(how):
+            yield
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [
+        ("as it is", True),
+        ("in another order", True),
+        ("refuses", False),
+        ("rounds the scale", False),
+        ("adds in half", False),
+        ("rounds twice", False),
+    ],
+)
+def test_a_device_is_asked_what_it_does(how: str, wanted: bool, dtype: torch.dtype) -> None:
+    matrices = [some(4, 4, seed=0, dtype=dtype) for _ in range(4)]
+    with other_device(how), exact_arithmetic("cuda"):
+        assert adds_in_half(*matrices) == wanted
+        assert half_products._sums_in_fp32.cache_info().misses == 1
+        assert not adds_in_half(*(matrix.float() for matrix in matrices))
+        assert not adds_in_half(*(matrix.cpu() for matrix in matrices))
+        assert not adds_in_half(*matrices[:3], matrices[3].float())
+
+
+@pytest.mark.parametrize("how", ["as it is", "refuses", "rounds twice"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_whatever_a_device_does_the_sum_is_rounded_once(dtype: torch.dtype, how: str, patch: MakePatch) -> None:
+    base = some(96, 160, seed=0, dtype=dtype)
+    factors = {"up": some(96, 8, seed=1, dtype=dtype) / 4, "down": some(8, 160, seed=2, dtype=dtype) / 4}
+    wide = {name: factor.cpu().double() for name, factor in factors.items()}
+    exact = (base.cpu().double() + 0.3 * (wide["up"] @ wide["down"])).to(dtype)
+    with other_device(how):
+        found, extremes = patched(base, [patch("w", **factors, strength=0.3)])
+    assert extremes is None
+    # fp32 is a bit off, and so comes to lie on the other side of the middle between two halves once in a while
+    assert (found.cpu() != exact).double().mean() < 2e-3
+    assert not torch.equal(found, base)
+
+
+@pytest.mark.parametrize(("factor", "kernels"), [(torch.float16, 1), (torch.float32, 3), (torch.bfloat16, 5)], ids=str)
+def test_one_product_takes_few_calls(
+    factor: torch.dtype, kernels: int, patch: MakePatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = some(64, 64, seed=0, dtype=torch.float16)
+    one = patch("w", up=some(64, 4, seed=1, dtype=factor) / 4, down=some(4, 64, seed=2, dtype=factor) / 4, strength=0.5)
+    monkeypatch.setattr(type(one.delta), "bound", lambda self: 1.0)  # that of an adapter is known before
+    patched(base, [one])
+    counted()
+    patched(base, [one])
+    found = counted()
+    assert found["kernels"] == kernels
+    assert "waits" not in found
