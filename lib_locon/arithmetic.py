@@ -95,27 +95,29 @@ def without_autocast(device: str) -> AbstractContextManager[object]:
 def exact_arithmetic(*devices: str) -> Iterator[None]:
     """Full fp32 products on these, and sums in fp32 of halves: TF32 keeps 10 bits of a factor, autocast computes in
     half, and so may a GPU add."""
-    with _FULL_PRECISION, ExitStack() as left_alone:
+    with _FULL_FACTORS, _FULL_SUMS if "cuda" in devices else nullcontext(), ExitStack() as left_alone:
         for device in devices:
             left_alone.enter_context(without_autocast(device))
         yield
 
 
-class _FullPrecision:
-    """The process's precision of fp32 products: full while anybody is inside, then what the host had chosen.
+class _Meanwhile:
+    """A setting of the process: ours while anybody is inside, then what the host had chosen.
 
-    The choice is one for all threads, so whoever comes first notes it, and whoever leaves last puts it back.
+    It is one for all threads, so whoever comes first notes it, and whoever leaves last puts it back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, choose: Callable[[], Callable[[], None]]) -> None:
+        """`choose` sets it, and returns what puts the host's choice back."""
         self._lock = threading.Lock()
         self._inside = 0
+        self._choose = choose
         self._put_back: Callable[[], None] = _nothing
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._put_back = _set_full_precision()
+                self._put_back = self._choose()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -125,18 +127,7 @@ class _FullPrecision:
                 self._put_back()
 
 
-def _set_full_precision() -> Callable[[], None]:
-    """Returns what puts the host's choice back."""
-    put_back = (_set_full_factors(), _set_full_sums())
-
-    def put_all_back() -> None:
-        for put in put_back:
-            put()
-
-    return put_all_back
-
-
-def _set_full_factors() -> Callable[[], None]:
+def _choose_full_factors() -> Callable[[], None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch 2.9 on: the host has chosen by the newer switches, and the two do not mix
@@ -149,7 +140,7 @@ def _set_full_factors() -> Callable[[], None]:
     return lambda: torch.set_float32_matmul_precision(before)
 
 
-def _set_full_sums() -> Callable[[], None]:
+def _choose_full_sums() -> Callable[[], None]:
     products: Any = torch.backends.cuda.matmul
     before = {name: _chosen(products, name) for name in _SUMS_IN_HALF if _has(products, name)}
     for name in before:
@@ -185,4 +176,4 @@ def _set_switches(switches: Iterable[Any], chosen: Iterable[str]) -> None:
 def _nothing() -> None: ...
 
 
-_FULL_PRECISION = _FullPrecision()
+_FULL_FACTORS, _FULL_SUMS = _Meanwhile(_choose_full_factors), _Meanwhile(_choose_full_sums)

@@ -167,7 +167,7 @@ def _scaled_product(
     out: Tensor, patches: Sequence[Patch], factors: Sequence[LowRank | None], space: Workspace
 ) -> LowRank | None:
     """As `_product`; a single one as it is stored: its strength is for the sum to multiply by."""
-    if len(patches) > 1 or factors[0] is None or not _is_whole(patches[0].view):
+    if len(patches) != 1 or factors[0] is None or not _is_whole(patches[0].view):
         product = _product(out, patches, factors, space)
         return None if product is None else (*product, 1.0)
     up, down, scale = factors[0]

@@ -40,7 +40,8 @@ class Delta(Protocol):
         ...
 
     def bound(self) -> float:
-        """What no number of ΔW at strength 1 exceeds in size; infinite where that cannot be told without making ΔW."""
+        """What no number of ΔW at strength 1 exceeds in size; infinite where that cannot be told without making ΔW, or
+        where a number on the way to it may overflow in fp32."""
         ...
 
 

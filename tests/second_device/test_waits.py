@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lib_locon
 from benchmarks import switch
+from lib_locon.patching.half_products import _sums_in_fp32
 from lib_locon.patching.memory import Pinned
 from lib_locon.patching.store import Policy
 from lib_locon.uploads import ALIGNED, BUFFERS, PART, Uploader
@@ -27,6 +28,13 @@ Make = Callable[[int, str, int], lib_locon.Adapter]
 def layers(number: int) -> nn.Module:
     made = {f"layer{i}": nn.Linear(64, 64) if i % 2 else nn.Conv2d(32, 32, 3) for i in range(number)}
     return nn.ModuleDict(made).half().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def asked_before() -> None:
+    """How it adds halves a device is asked once in a process."""
+    for device in DEVICES:
+        _sums_in_fp32(device, torch.float16)
 
 
 @pytest.fixture
@@ -93,6 +101,14 @@ def test_a_change_waits_for_the_gpu_as_often_for_few_layers_as_for_many(
     assert waits["restored"] == (way != "device")
     assert many["same"] == {}
     assert max(cost.get("waits for an event", 0) for cost in many.values()) == 0  # all that goes there fits
+
+
+def test_a_device_that_was_never_asked_how_it_adds_is_waited_for_twice_more(adapter: Make, tmp_path: Path) -> None:
+    asked = costs(4, "lora", "device", adapter, tmp_path)
+    _sums_in_fp32.cache_clear()
+    not_asked = costs(4, "lora", "device", adapter, tmp_path)
+    assert not_asked["first"]["waits"] == asked["first"]["waits"] + 2
+    assert not_asked["another"] == asked["another"]
 
 
 @pytest.mark.parametrize(("kind", "kernels"), [("lora", 1), ("lokr", 5), ("loha", 9), ("dora", 14)])
