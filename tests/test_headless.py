@@ -8,6 +8,7 @@ import gc
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from extensions_builtin_shim.launch import CHECKOUT, OURS, launch
 from extensions_builtin_shim.tiny_sd import TinySD
 from extensions_builtin_shim.tiny_sd.models.make_adapters import RECIPES, write_all
 from tests import random_adapters
+from tests.test_store import checkpoint, overwrite, source_of
 
 Launch = Callable[..., Any]
 
@@ -448,6 +450,30 @@ def test_other_weights_in_the_same_model(started: Launch) -> None:
     generate(webui, "cat <lora:tiny_lora:1>")
     sd_models.reload_model_weights(model().state_dict())
     assert [generate(webui, prompt).png for prompt in ("cat", "cat <lora:tiny_lora:1>")] == wanted
+
+
+def test_a_base_that_is_lost_for_a_while(started: Launch, tmp_path: Path) -> None:
+    """The checkpoint file is written over while an adapter is in, and comes back."""
+    webui = started()
+    from modules import shared
+
+    from lib_locon.hosts import a1111
+
+    path = checkpoint(tmp_path / "model.safetensors", shared.sd_model.state_dict())
+    a1111._webui.session(shared.sd_model).engine.store.source = source_of(path)
+    plain, styled = (generate(webui, prompt) for prompt in ("cat", "cat <lora:tiny_lora:1>"))
+    kept, then = path.read_bytes(), path.stat()
+    overwrite(path)
+    lost = generate(webui, "cat")
+    assert lost.image.tobytes() == styled.image.tobytes() != plain.image.tobytes()
+    (comment,) = lost.comments
+    assert comment.startswith("what the model held before is in this image: ")
+    assert comment.count("load the checkpoint again") == 1
+    assert str(tmp_path) not in comment
+    path.write_bytes(kept)
+    os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert generate(webui, "cat").png == plain.png
+    assert a1111._webui.text_changed  # the webui keeps what it encoded for the image before, by the adapter's encoder
 
 
 def test_close_leaves_nothing(started: Launch) -> None:

@@ -12,10 +12,11 @@ from torch import nn
 
 from lib_locon.errors import LoconError
 from lib_locon.hosts.embeddings import BundledEmbeddings
+from lib_locon.hosts.failures import failed
 from lib_locon.hosts.legacy import LoadedNetworks
 from lib_locon.hosts.scheduled import Place, Scheduled, on_text
 from lib_locon.hosts.sessions import Sessions
-from lib_locon.library import Library, without_folder, without_folders
+from lib_locon.library import Library
 from lib_locon.patching.rounding import Rounding
 from lib_locon.patching.store import policy_named
 from lib_locon.prompt.grammar import Parsed, parse_tag
@@ -172,13 +173,15 @@ class Webui:
                 log.exception("an error in sd-webui-locon itself")
             self._scheduled = None
             self.loaded.clear()
-            uses, problems = [], [Problem(f"no adapter is in this image: {_what(error, now.checkpoint)}")]
+            uses, problems = [], [Problem(failed(error, now.checkpoint, held=self._holds(model)))]
         self.used = tuple(uses)
         self._note_text(model, uses)
         return report, [*problems, *map(Problem, self.embeddings.use([use.adapter for use in uses], model))]
 
     def _note_text(self, model: nn.Module, uses: Sequence[Use]) -> None:
-        text = (self.rounding, *map(on_text, uses)) if uses else ()
+        text: object = (self.rounding, *map(on_text, uses)) if uses else ()
+        if not uses and self._holds(model):
+            text = object()  # like nothing before or after it: what is encoded now is no base's
         self.text_changed = self._on_text.get(model, ()) != text
         self._on_text[model] = text
 
@@ -258,7 +261,7 @@ class Webui:
                 log.exception("an error in sd-webui-locon itself")
             self._scheduled = None
             self.loaded.clear()
-            problem = f"no adapter is in this image from step {step + 1} on: {_what(error, now.checkpoint)}"
+            problem = failed(error, now.checkpoint, held=self._holds(model), since=f" from step {step + 1} on")
             log.warning("%s", problem)
             if self.comments != "nothing":
                 now.comment(problem)
@@ -282,6 +285,10 @@ class Webui:
         """The model's session, where it was used already."""
         return self._sessions.known(model)
 
+    def _holds(self, model: nn.Module) -> bool:
+        session = self.session_of(model)
+        return session is not None and session.active
+
     def model_loaded(self, model: nn.Module) -> None:
         """The host loaded weights into `model`, new or known. Its modules may be others now, so look at it anew."""
         self._sessions.forget(model)  # after a change of the VAE alone, patches come off
@@ -291,9 +298,3 @@ class Webui:
         self._scheduled = self._in_use = None
         self.loaded.clear()
         self._sessions.clear()
-
-
-def _what(error: Exception, checkpoint: Path | None) -> str:
-    """For everybody's eyes: without the folders that files lie in."""
-    what = str(error) or type(error).__name__
-    return without_folders(what if checkpoint is None else without_folder(what, checkpoint))

@@ -160,8 +160,8 @@ class Engine:
             raise interrupt
         if failed:
             path, cause = next(iter(failed.items()))
-            raise PatchError(f"{len(failed)} weights, {path} first, could not be given their base back ({cause}); "
-                             "load the checkpoint again") from cause  # fmt: skip
+            what = f"{len(failed)} weights, {path} first, could not be given their base back ({cause})"
+            raise PatchError(what if isinstance(cause, BaseLost) else f"{what}; load the checkpoint again") from cause
 
     def _own(self) -> AbstractContextManager[object]:
         """The engine to oneself. Raises PatchError in a worker: the change that it is a part of has the engine."""
