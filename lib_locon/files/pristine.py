@@ -18,7 +18,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from io import FileIO
 from pathlib import Path
@@ -118,8 +118,28 @@ class CheckpointSource:
         except (FileError, OSError):
             return False
         # once settled, always: the system's clock may be set back, and then a base would seem lost
-        self._settled = self._settled or abs(time.time_ns() - self._identity.mtime_ns) >= SETTLED
+        self._settled = self._settled or _has_settled(self._identity)
         return same and self._settled
+
+    def take_as_it_is(self) -> Callable[[], None] | None:
+        """Where nothing but the file's time has changed, reads it from now on as it is; returns what refuses it again.
+
+        None where it is as it was, is another, or was written so lately that it may change without showing it.
+        """
+        before = self._identity
+        try:
+            with self._opened() as file:
+                now = _Identity.of(file)
+        except (FileError, OSError):
+            return None
+        if now == before or now._replace(mtime_ns=before.mtime_ns) != before or not _has_settled(now):
+            return None
+
+        def refuse() -> None:
+            self._identity = before
+
+        self._identity = now
+        return refuse
 
     def _read(self, entry: Entry, first: int, out: Tensor, *, checked: bool) -> None:
         with self._opened() as file:
@@ -152,6 +172,10 @@ class CheckpointSource:
         else:
             with nullcontext() if _AT_ONCE else self._lock:  # one handle has one position
                 yield self._held
+
+
+def _has_settled(file: _Identity) -> bool:
+    return abs(time.time_ns() - file.mtime_ns) >= SETTLED
 
 
 def _read_cast(file: FileIO, start: int, dtype: torch.dtype, out: Tensor, *, checked: bool) -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
+from lib_locon.patching.again import look_at_files, made_again
 from lib_locon.patching.bits import same_bits
 from lib_locon.patching.compute import exact_sums
 from lib_locon.patching.crew import Job, crew_for, working_at
@@ -113,6 +113,7 @@ class Engine:
         with self._own():
             self._settle()
             self._writer = self._new_writer(findings)
+            look_at_files(self.store, self._weights, self._held, self._writer)
             self._accept_outside_writes()
             plan = self._weights.untied(plan)
             wanted = {path: keys(patches, rounding) for path, patches in plan.items()}
@@ -147,6 +148,7 @@ class Engine:
             while self._job is not None or set(self._held) - set(failed):
                 try:
                     self._settle()
+                    look_at_files(self.store, self._weights, self._held, self._writer)
                     self._accept_outside_writes()
                     for path in [path for path in self._held if path not in failed]:
                         self._restore_one(path, failed)
@@ -215,10 +217,7 @@ class Engine:
                 if entry.weight == id(weight):
                     self._forget(path)
                 continue
-            ours = torch.empty_like(base, dtype=entry.dtype)
-            with exact_sums(base.device.type):
-                self._writer.write_sum(path, ours, base, entry.patches, entry.rounding)
-            if entry.is_still_in(weight, ours, base):
+            if entry.is_still_in(weight, made_again(path, entry, base, self._writer), base):
                 self._held[path] = Held.by(weight, entry.patches, entry.rounding)
             else:
                 self._forget(path)

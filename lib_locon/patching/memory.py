@@ -33,6 +33,22 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.frombuffer(_mapping(nbytes), dtype=dtype).view(shape)
 
 
+def in_ram(pristine: Tensor) -> Tensor:
+    """A copy that stays, on the CPU."""
+    if type(pristine) is not Tensor:  # a quantised one has its own idea of a copy
+        return pristine.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return allocate(tuple(pristine.shape), pristine.dtype).copy_(pristine)
+
+
+def on_device(pristine: Tensor) -> Tensor:
+    """A copy that stays, beside it."""
+    if type(pristine) is not Tensor:
+        return pristine.clone(memory_format=torch.contiguous_format)
+    with for_later():
+        copy = torch.empty(pristine.shape, dtype=pristine.dtype, device=pristine.device)
+    return copy.copy_(pristine)
+
+
 def _mapping(nbytes: int) -> mmap.mmap:
     """Anonymous and private, so it counts as RssAnon. Lives as long as a tensor (or a memoryview) stands on it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -41,6 +42,13 @@ class PristineSource(Protocol):
 
     def has_parts(self) -> bool:
         """Whether parts are quickly read, and the file is what it was."""
+        ...
+
+    def take_as_it_is(self) -> Callable[[], None] | None:
+        """Where nothing but the file's time has changed, reads it from now on as it is, whatever it holds by now.
+
+        Returns what refuses it again; None, and nothing changes, where it is as it was or more than that is another.
+        """
         ...
 
 

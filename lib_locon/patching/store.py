@@ -23,10 +23,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import for_later
 from lib_locon.errors import FileError, one_of
 from lib_locon.patching.bits import alike, other_bits, same_bits
-from lib_locon.patching.memory import Scratch, allocate
+from lib_locon.patching.memory import Scratch, in_ram, on_device
 from lib_locon.patching.readback import PristineSource, ReadBack
 from lib_locon.patching.store_report import StoreReport
 from lib_locon.patching.transit import Transit
@@ -141,6 +140,13 @@ class BaseStore:
             return None
         return read
 
+    def sources(self) -> dict[PristineSource, list[str]]:
+        """The files that bases are or will be read from, with the weights that rely on each."""
+        found: dict[PristineSource, list[str]] = {} if self.source is None else {self.source: []}
+        for path, read in self._reads.items():
+            found.setdefault(read.source, []).append(path)
+        return found
+
     @property
     def free_unused(self) -> bool:
         """Whether a copy is given back as soon as nothing uses it; if pinned, at the end of a change."""
@@ -223,12 +229,12 @@ class BaseStore:
         if weight.is_cuda and _is_plain(weight):
             # an unused copy is written anew: to compare it would take as long, and be waited for
             if self.policy == "device":
-                return _on_device(pristine) if unused is None else unused.copy_(pristine)
+                return on_device(pristine) if unused is None else unused.copy_(pristine)
             copy = self._transit.copied(weight, unused)
-            return _in_ram(pristine) if copy is None else copy
+            return in_ram(pristine) if copy is None else copy
         if unused is not None and same_bits(unused.to(weight.device), weight):
             return unused
-        return _on_device(pristine) if self.policy == "device" else _in_ram(pristine)
+        return on_device(pristine) if self.policy == "device" else in_ram(pristine)
 
     def _first_on_gpu(self, path: str, weight: Tensor) -> Tensor:
         judged = self._judged.get(path)
@@ -238,7 +244,7 @@ class BaseStore:
             base = self._first(path, weight)
             if base.device == weight.device:
                 return base
-        return _on_device(weight.detach())  # as it is, it is the base: nothing need come back from RAM
+        return on_device(weight.detach())  # as it is, it is the base: nothing need come back from RAM
 
     def _may_hold(self, copy: Tensor | None, weight: Tensor) -> bool:
         """Whether the copy is one of such a weight, and where the policy wants it."""
@@ -283,17 +289,3 @@ class BaseStore:
 
 def _is_plain(weight: Tensor) -> bool:
     return type(weight.detach()) is Tensor
-
-
-def _in_ram(pristine: Tensor) -> Tensor:
-    if type(pristine) is not Tensor:  # a quantised one has its own idea of a copy
-        return pristine.to("cpu", copy=True, memory_format=torch.contiguous_format)
-    return allocate(tuple(pristine.shape), pristine.dtype).copy_(pristine)
-
-
-def _on_device(pristine: Tensor) -> Tensor:
-    if type(pristine) is not Tensor:
-        return pristine.clone(memory_format=torch.contiguous_format)
-    with for_later():
-        copy = torch.empty(pristine.shape, dtype=pristine.dtype, device=pristine.device)
-    return copy.copy_(pristine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.second_device.device import DEVICES
 from tests.second_device.test_sets import parameters, same
 from tests.second_device.test_waits import factors, layers
 from tests.second_device.ways import WAYS, keep
+from tests.test_store import HOUR
 
 
 class Interrupt(TorchDispatchMode):
@@ -105,6 +107,18 @@ def test_interrupts_while_a_gpu_is_waited_for_leave_the_base_that_is_loaded_then
     session.apply(one)
     session.restore()
     assert same(model, {name: value.cpu() for name, value in other.items()})
+
+
+def test_a_file_whose_time_alone_has_changed_is_read_on(held: Callable[..., Any], tmp_path: Path) -> None:
+    model, session, one, other = held("checkpoint")
+    base = parameters(model)
+    for uses in (one, other, []):
+        session.apply(uses)
+        then = (tmp_path / "model.safetensors").stat().st_mtime_ns - HOUR
+        os.utime(tmp_path / "model.safetensors", ns=(then, then))
+    session.apply(one)
+    session.restore()
+    assert same(model, base)
 
 
 def test_a_file_that_is_lost_meanwhile_is_said_and_nothing_wrong_is_written(
