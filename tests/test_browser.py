@@ -371,6 +371,7 @@ def test_a_name_is_completed(page: Page, box: Any, kind: str) -> None:
 
 def test_presets_follow_their_key(page: Page, box: Any) -> None:
     box.press_sequentially(f"<lora:{ONE}:1:lbw")
+    page.locator(".locon-offer", has_text="lbwe=").wait_for()  # the list of names may still be open
     assert offers(page) == ["lbw=", "lbwe="]
     box.press("Enter")
     page.locator(".locon-offer", has_text="OUTALL").wait_for()

@@ -404,14 +404,14 @@ from pathlib import Path
 import lib_locon
 from lib_locon.inspection import inspect
 from tests.fuzz_files import peak
-before, start = peak(reset=True), time.perf_counter()
+before, start = peak(reset=True), time.process_time()
 found = {call}
-print(time.perf_counter() - start, (peak() - before) / 1e6, found)
+print(time.process_time() - start, (peak() - before) / 1e6, found)
 """
 
 
 def measured(call: str, path: Path) -> tuple[float, float, str]:
-    """(seconds, MB more than before, result) in a process of its own."""
+    """(seconds of the processor, MB more than before, result) in a process of its own."""
     code = MEASURE.format(call=call)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[1]
