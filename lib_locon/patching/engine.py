@@ -113,7 +113,6 @@ class Engine:
         with self._own():
             self._settle()
             self._writer = self._new_writer(findings)
-            look_at_files(self.store, self._weights, self._held, self._writer)
             self._accept_outside_writes()
             plan = self._weights.untied(plan)
             wanted = {path: keys(patches, rounding) for path, patches in plan.items()}
@@ -148,7 +147,6 @@ class Engine:
             while self._job is not None or set(self._held) - set(failed):
                 try:
                     self._settle()
-                    look_at_files(self.store, self._weights, self._held, self._writer)
                     self._accept_outside_writes()
                     for path in [path for path in self._held if path not in failed]:
                         self._restore_one(path, failed)
@@ -202,6 +200,7 @@ class Engine:
         Where the tensor is another but the numbers are those that we wrote (a conversion that replaces parameters), it
         is still ours.
         """
+        look_at_files(self.store, self._weights, self._held, self._writer)
         there = self._weights.found(self._held)
         for path, weight in there.items():
             entry = self._held[path]
