@@ -97,8 +97,7 @@ def _plan(
     grown = _grown(item for found in matches for item in found.matched)
     patches: list[Patch] = []
     for use, found in zip(uses, matches, strict=True):
-        for item in found.matched:
-            patch = use.patch(item)
+        for item, patch in zip(found.matched, use.patches(found), strict=True):
             if item.view.path in grown and item.reshape != grown[item.view.path]:
                 old = item.reshape or checkpoint.entries[item.view.path].shape
                 patch = patch._replace(view=_inside(item.view, old, grown[item.view.path]))

@@ -74,7 +74,7 @@ class Trial:
                 problems.append(Problem(f"{error}; {request.name!r} was skipped"))
         report = Report(tuple(use.report(found) for use, found in pairs), tuple(problems))
         try:
-            plan = make_plan(use.patch(item) for use, found in pairs for item in found.matched)
+            plan = make_plan(patch for use, found in pairs for patch in use.patches(found))
             merged, beside = self._side.split(plan, side=side)
         except LoconError as error:
             return DryRun(Report(report.adapters, (*report.problems, Problem(str(error)))))

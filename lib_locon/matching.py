@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from lib_locon.errors import ShapeError, Unusable
@@ -50,10 +52,15 @@ class Match:
     made_for: str = ""
     """The adapter's base family, worked out where nothing of it fits."""
 
-    @property
+    @cached_property
     def used(self) -> int:
         """How many modules change something."""
         return len({item.module for item in self.matched})
+
+    @cached_property
+    def families(self) -> Mapping[str, int]:
+        """What a user calls the family → layers of it, the commonest first."""
+        return dict(Counter(item.layer.label for item in self.matched).most_common())
 
 
 def match_model(adapter: Adapter, table: TargetTable, side: SidePath) -> Match:

@@ -30,9 +30,8 @@ class AdapterReport:
     @classmethod
     def of(cls, name: str, strengths: Strengths, match: Match) -> AdapterReport:
         """From a match with the model."""
-        families = Counter(item.layer.label for item in match.matched)
-        counts = dict(families.most_common())
-        return cls(name, strengths, counts, match.used, match.total, match.unmatched, match.notes, match.made_for)
+        families = dict(match.families)
+        return cls(name, strengths, families, match.used, match.total, match.unmatched, match.notes, match.made_for)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for JSON."""

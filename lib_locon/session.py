@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -58,17 +59,27 @@ class Use:
             notes += self.strengths.blocks.notes(place.block for place in places)
         return replace(report, notes=(*report.notes, *notes)) if notes else report
 
-    def patch(self, item: Matched) -> Patch:
-        """What this use does to one weight.
+    def patches(self, found: Match) -> list[Patch]:
+        """What this use does to a model that it matched so, in the order of what matched.
 
-        Equal sources mean equal ΔW: the same file (path, size, time of change), module, family and `dyn`. One file may
+        Equal sources mean equal ΔW: the same file (path, size, time of change), `dyn`, module and family. One file may
         change a weight twice, by two families in one module or under two names.
         """
-        layer = item.layer if self.dyn is None else item.layer.truncated(self.dyn)
-        source = f"{self.adapter.identity}|{item.module}|{item.layer.family.name}|{self.dyn}"
+        origin = f"{self.adapter.identity}|{self.dyn}"
+        return [
+            Patch(
+                f"{origin}|{item.module}|{item.layer.family.name}",
+                item.view,
+                self.strength_of(item),
+                item.layer if self.dyn is None else item.layer.truncated(self.dyn),
+            )
+            for item in found.matched
+        ]
+
+    def strength_of(self, item: Matched) -> float:
+        """How strongly it changes one weight."""
         place = place_of(item.component, item.view.path) if self.strengths.by_layer else ()
-        strength = self.strengths.of(item.component, *place)
-        return Patch(source, item.view, strength, layer)
+        return self.strengths.of(item.component, *place)
 
 
 class Session:
@@ -126,7 +137,7 @@ class Session:
             try:
                 matches = self._matches([use.adapter for use in uses])
                 pairs = list(zip(uses, matches, strict=True))
-                patches = [use.patch(item) for use, found in pairs for item in found.matched]
+                patches = chain.from_iterable(use.patches(found) for use, found in pairs)
                 plan = make_plan(patches, as_given=rounding == "builtin")
                 reports = tuple(use.report(found) for use, found in pairs)
                 findings = Findings()

@@ -165,10 +165,10 @@ def test_a_model_that_goes_takes_its_factors_with_it(zoo: Zoo, adapter: Callable
 def test_a_shortened_adapter_is_made_once(zoo: Zoo, adapter: Callable[[str], lib_locon.Adapter]) -> None:
     model, use = zoo(), Use(adapter("one"), dyn=1)
     session = Session(model)
-    items = session.match(use.adapter).matched
-    first = [use.patch(item).delta for item in items]
+    found = session.match(use.adapter)
+    first = [patch.delta for patch in use.patches(found)]
     other = Use(use.adapter, Strengths.both(0.3), dyn=1)
-    assert all(other.patch(item).delta is delta for item, delta in zip(items, first, strict=True))
+    assert all(patch.delta is delta for patch, delta in zip(other.patches(found), first, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -728,6 +728,43 @@ def test_requantising_starts_from_the_best_base_and_stays_finite() -> None:
     )
 
 
+class Computed(nn.Linear):
+    @property
+    def scale_weight(self) -> Tensor:
+        return torch.tensor(0.5)
+
+
+class Asking(nn.Linear):
+    def __getattr__(self, name: str) -> object:
+        return torch.tensor(0.5) if name == "weight_scale" else super().__getattr__(name)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda layer, scale: setattr(layer, "scale_weight", scale),
+        lambda layer, scale: setattr(layer, "weight_scale", nn.Parameter(scale)),
+        lambda layer, scale: layer.register_buffer("weight_scale", scale),
+        lambda layer, _: setattr(layer, "__class__", Computed),
+        lambda layer, _: setattr(layer, "__class__", Asking),
+    ],
+    ids=["attribute", "parameter", "buffer", "property", "getattr"],
+)
+@pytest.mark.parametrize("dtype", [FP8, torch.float32], ids=str)
+def test_a_scale_is_found_wherever_a_module_has_it(
+    make: Callable[[nn.Module, Tensor], object], dtype: torch.dtype
+) -> None:
+    layer = in_8_bits(dtype)
+    del layer.weight_scale
+    stored = layer.weight.detach().float()
+    assert torch.equal(decode(layer, "weight", layer.weight.detach()).float(), stored)
+    make(layer, torch.tensor(0.5))
+    assert torch.equal(decode(layer, "weight", layer.weight.detach()).float(), stored * 0.5)
+    route = which_path(layer, "weight", View("weight"), branch=False)
+    assert route.path == "requantise"
+    assert ("scale" in route.reason) is (dtype == torch.float32)
+
+
 def in_8_bits(dtype: torch.dtype, scale: object = None) -> nn.Linear:
     layer = nn.Linear(8, 12)
     stored = layer.weight.detach() * 100
@@ -872,7 +909,7 @@ def plan_for(model: nn.Module, *uses: tuple[str, float]) -> Plan:
         use = lib_locon.Use(adapter, lib_locon.Strengths.both(strength))
         found = session.match(use.adapter)
         assert found.matched and not found.unmatched
-        patches += [use.patch(item) for item in found.matched]
+        patches += use.patches(found)
     return make_plan(patches)
 
 

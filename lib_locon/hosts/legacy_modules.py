@@ -93,7 +93,7 @@ class NetworkModule:
 
     def multiplier(self) -> float:
         """The strength at which it acts now, block weights included."""
-        return self._now().patch(self._items[0]).strength
+        return self._now().strength_of(self._items[0])
 
     def calc_updown(self, target: Tensor) -> tuple[Tensor, Tensor | None]:
         """What it adds to a weight that is `target`, at the strength of now, and what to the bias."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
@@ -18,7 +18,7 @@ from lib_locon.patching.again import look_at_files, made_again
 from lib_locon.patching.bits import same_bits
 from lib_locon.patching.compute import exact_sums
 from lib_locon.patching.crew import Job, crew_for, working_at
-from lib_locon.patching.held import Held, keys
+from lib_locon.patching.held import Held
 from lib_locon.patching.parameters import ModuleGone, Parameters
 from lib_locon.patching.places import refuse_overlaps
 from lib_locon.patching.plan import Patch, Plan
@@ -115,14 +115,14 @@ class Engine:
             self._writer = self._new_writer(findings)
             self._accept_outside_writes()
             plan = self._weights.untied(plan)
-            wanted = {path: keys(patches, rounding) for path, patches in plan.items()}
-            held = {path: self._held[path].keys for path in self._weights.found(self._held)}
-            # no keys: written in part, or its module is gone; to be done, or said, in any case
-            changed = [p for p in {**self._held, **wanted} if held.get(p) is None or held[p] != wanted.get(p)]
+            paths = {**self._held, **plan}
+            there = self._weights.found(paths)
+            held = {path: self._held[path] for path in there if path in self._held}
+            changed = [p for p in paths if p not in held or not held[p].is_of(plan.get(p, ()), rounding)]
             if not changed:
                 return 0
             try:
-                self._write_all(changed, plan, rounding)
+                self._write_all(changed, there, plan, rounding)
             except _Failed as failure:
                 self.restore()
                 raise _not_patched(failure.path, failure.__cause__) from failure.__cause__
@@ -221,10 +221,10 @@ class Engine:
             else:
                 self._forget(path)
 
-    def _write_all(self, paths: Sequence[str], plan: Plan, rounding: Rounding) -> None:
-        """Writes these weights: those that get their base back, then those that two workers may. Raises _Failed."""
+    def _write_all(self, paths: Sequence[str], weights: Mapping[str, Tensor], plan: Plan, rounding: Rounding) -> None:
+        """Writes these weights, of all that are held or planned: those that get their base back, then those that two
+        workers may. Raises _Failed."""
         extremes: dict[str, Tensor | None] = {}
-        weights = self._weights.found((*paths, *plan))
         refuse_overlaps({path: weight for path, weight in weights.items() if path in plan})
         devices = {weight.device.type for weight in weights.values()}
         self.generation += 1

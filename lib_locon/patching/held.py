@@ -37,10 +37,14 @@ class Held(NamedTuple):
         """As the weight is now."""
         return cls(patches, id(weight), _version(weight), weight.dtype, rounding, abandoned)
 
-    @property
-    def keys(self) -> tuple[object, ...] | None:
-        """Equal keys: the same numbers."""
-        return None if self.patches is None else keys(self.patches, self.rounding)
+    def is_of(self, patches: Sequence[Patch], rounding: Rounding) -> bool:
+        """Whether these make the same numbers. Not of a weight that was written in part."""
+        return (
+            self.patches is not None
+            and self.rounding == rounding
+            and len(self.patches) == len(patches)
+            and all(one.key == other.key for one, other in zip(self.patches, patches, strict=True))
+        )
 
     def untouched(self, weight: Tensor) -> bool:
         """Whether nobody wrote into the weight since, nor put another in its place.
@@ -65,11 +69,6 @@ class Held(NamedTuple):
         wide = working_dtype(base)
         change, rest = (made.to(wide) - other.detach().to(wide) for other in (base, weight))
         return bool(rest.norm() <= NEAR * change.norm())  # not where there is a NaN
-
-
-def keys(patches: Sequence[Patch], rounding: Rounding) -> tuple[object, ...]:
-    """Equal keys: the same numbers."""
-    return (rounding, *(patch.key for patch in patches))
 
 
 def _version(weight: Tensor) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,32 +15,34 @@ def refuse_overlaps(weights: Mapping[str, Tensor]) -> None:
 
     Not for one parameter under several names, which is one weight.
     """
-    begun: dict[torch.device, list[tuple[int, str]]] = {}
-    for first, last, path in sorted(_spans(weights)):
-        weight = weights[path]
-        open_ones = [(end, other) for end, other in begun.get(weight.device, ()) if end > first]
-        for _, other in open_ones:
-            if _share_numbers(weight, weights[other]):
+    by_device: dict[torch.device, list[tuple[int, int, str]]] = {}
+    for path, weight in weights.items():
+        # elsewhere (MPS, XLA) a tensor's address may be that of something that stands for its memory
+        if (weight.is_cpu or weight.is_cuda) and type(weight) in (Tensor, torch.nn.Parameter):
+            start, size = weight.data_ptr(), _extent(weight) * weight.element_size()
+            if start and size:
+                by_device.setdefault(weight.device, []).append((start, start + size, path))
+    for spans in by_device.values():
+        _refuse_overlaps(spans, weights)
+
+
+def _refuse_overlaps(spans: list[tuple[int, int, str]], weights: Mapping[str, Tensor]) -> None:
+    """Of weights on one device, each with its first address and the one after its last."""
+    begun: list[tuple[int, str]] = []
+    for first, last, path in sorted(spans):
+        begun = [(end, other) for end, other in begun if end > first]
+        for _, other in begun:
+            if _share_numbers(weights[path], weights[other]):
                 raise PatchError(
                     f"{other} and {path} are two parameters over the same memory, and both are to be changed; "
                     "make them one parameter"
                 )
-        begun[weight.device] = [*open_ones, (last, path)]
-
-
-def _spans(weights: Mapping[str, Tensor]) -> Iterator[tuple[int, int, str]]:
-    """The first address of each and the one after its last, where that says where its numbers are."""
-    for path, weight in weights.items():
-        # elsewhere (MPS, XLA) a tensor's address may be that of something that stands for its memory
-        if weight.device.type in ("cpu", "cuda") and type(weight) in (Tensor, torch.nn.Parameter) and weight.numel():
-            start = weight.data_ptr()
-            if start:
-                yield start, start + _extent(weight) * weight.element_size(), path
+        begun.append((last, path))
 
 
 def _extent(weight: Tensor) -> int:
     """Numbers from the first to the last, and those between them that are others'."""
-    if weight.is_contiguous():
+    if weight.is_contiguous() or not weight.numel():
         return weight.numel()
     return 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
 

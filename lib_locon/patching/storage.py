@@ -9,9 +9,10 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -109,16 +110,38 @@ def which_path(
 
 
 def _cannot_hold(module: nn.Module, name: str, findings: Findings) -> str | None:
-    weight: Tensor = getattr(module, name)
+    weight = module._parameters.get(name)
+    if weight is None:
+        weight = getattr(module, name)
     if weight.is_meta:
         return "the model's weight has no data (meta device)"
     if type(weight) not in (nn.Parameter, Tensor) or hasattr(weight, "quant_state"):
         return f"the model's weight is stored in a form of its own ({type(weight).__name__})"
     if weight.dtype not in PLAIN:
         return f"the model's weight is stored as {str(weight.dtype).removeprefix('torch.')}"
-    if any(getattr(module, scale, None) is not None for scale in SCALES) and name == "weight":
+    if name == "weight" and _stored_scale(module) is not None:
         return "the model's weight is stored with a scale beside it"
     return "the model's weight is read-only" if _read_only(weight, findings) else None
+
+
+def _stored_scale(module: nn.Module) -> Any:
+    """What lies beside the module's weight to be multiplied with it, in whatever form; None for nothing."""
+    own, parameters, buffers, modules = module.__dict__, module._parameters, module._buffers, module._modules
+    kind: Any = type(module)
+    anywhere = _answers_itself(kind)
+    for name in SCALES:
+        # looked for first: to find nothing takes `getattr` ten times as long, for each module at each change
+        if anywhere or name in own or name in parameters or name in buffers or name in modules:
+            scale = getattr(module, name, None)
+            if scale is not None:
+                return scale
+    return None
+
+
+@lru_cache(maxsize=256)
+def _answers_itself(kind: type[Any]) -> bool:
+    """Whether a class of modules has a scale of its own making, or its own way to find attributes."""
+    return kind.__getattr__ is not nn.Module.__getattr__ or any(hasattr(kind, name) for name in SCALES)
 
 
 def cannot_hook(module: nn.Module, name: str, view: View, parent: nn.Module | None = None) -> str | None:
@@ -144,7 +167,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _read_only(weight: Tensor, findings: Findings) -> bool:
     """Whether a write would fail: numbers that share memory among themselves, or memory that the system protects."""
-    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+    if not weight.is_contiguous() and any(
+        stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)
+    ):
         return True
     storage = weight.untyped_storage()
     owned = not hasattr(storage, "resizable") or storage.resizable()  # by torch, which allocates to write
@@ -196,7 +221,7 @@ def _scale(module: nn.Module, name: str) -> Tensor | None:
     """
     if name != "weight":
         return None
-    scale = next((found for attribute in SCALES if (found := getattr(module, attribute, None)) is not None), None)
+    scale = _stored_scale(module)
     if scale is None:
         return None
     shape = logical_shape(module, name)
