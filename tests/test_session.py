@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import weakref
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lib_locon
+from lib_locon import products
 
 
 def adapter(folder: Path, name: str = "a", width: int = 6, scale: float = 1.0) -> lib_locon.Adapter:
@@ -117,6 +119,18 @@ print(lib_locon.Session(model).apply([lib_locon.Use(adapter)]).adapters[0].used)
     adapter(tmp_path, "small")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+
+
+def test_a_change_takes_none_of_the_random_numbers_that_images_are_made_of(tmp_path: Path) -> None:
+    one = model()
+    for once in (products._onednn, products._mkl_is_as_good):  # what is tried out once in a process
+        once.cache_clear()
+    before, pythons = torch.get_rng_state(), random.getstate()
+    session = lib_locon.Session(one)
+    session.apply([lib_locon.Use(adapter(tmp_path))])
+    session.restore()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == pythons
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "dora"])
