@@ -600,7 +600,7 @@ def test_dry_runs_beside_an_image_that_is_made_change_no_bit_of_it(start: Callab
 
     def ask() -> None:
         client, number = Client(webui.app), 0
-        while not stop.is_set():
+        while not stop.wait(0.1):  # so that the image has a turn, too
             number += 1
             answer = client.post("/locon/v1/dry-run", {"prompt": f"<lora:tiny_loha:{number % 3}><lora:tiny_lora:-1>"})
             loaded = client.get("/locon/v1/loaded")
