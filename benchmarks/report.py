@@ -11,6 +11,7 @@ install.py bench` prepares the versions that are pinned for it and does the same
     switch-other       benchmarks.switch while another LoCon is merged
     switch-base        the same from the base
     switch-checkpoint  as switch-other, with the base read from the checkpoint file
+    switch-avx2        as switch-other, on a processor without AVX-512; left out where there is more
     switch-sdxl        SDXL's true shapes in bf16; 24 GiB
     memory             benchmarks.memory_bars
     compared           benchmarks.compared
@@ -45,6 +46,7 @@ MEASUREMENTS: dict[str, tuple[str, ...]] = {
     "switch-other": ("benchmarks.switch", *_ALL_DTYPES, "--rounds", "5", "--start", "other"),
     "switch-base": ("benchmarks.switch", *_ALL_DTYPES, "--rounds", "5", "--start", "base"),
     "switch-checkpoint": ("benchmarks.switch", *_ALL_DTYPES, "--rounds", "5", "--policy", "checkpoint"),
+    "switch-avx2": ("benchmarks.switch", *_ALL_DTYPES, "--rounds", "5", "--start", "other"),
     "switch-sdxl": ("benchmarks.switch", "--model", "sdxl", "--dtype", "bf16", "--start", "other"),
     "memory": ("benchmarks.memory_bars",),
     "compared": ("benchmarks.compared", *_ALL_DTYPES),
@@ -62,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     options.results.mkdir(parents=True, exist_ok=True)
     for name in options.measure:
-        if name in ON_A_GPU and not torch.cuda.is_available():
-            print(f"{name}: left out, torch finds no GPU here", file=sys.stderr)
+        if why := why_not_here(name):
+            print(f"{name}: left out, {why}", file=sys.stderr)
             continue
         command = [*MEASUREMENTS[name], "--json"]
         if options.model and "--model" not in command and name not in WITHOUT_MODEL:
@@ -77,6 +79,15 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.write_text(page(results), encoding="utf8")
     print(f"written: {options.out}")
     return 0
+
+
+def why_not_here(name: str) -> str:
+    """Why a measurement means nothing on this machine; "" where it does."""
+    if name in ON_A_GPU and not torch.cuda.is_available():
+        return "torch finds no GPU here"
+    if name == "switch-avx2" and _instructions() != "AVX2":
+        return f"this processor's instructions are {_instructions()}"
+    return ""
 
 
 def measure(command: list[str]) -> dict[str, Any]:
@@ -106,6 +117,7 @@ def machine() -> dict[str, str]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "processor": _line("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "instructions": _instructions(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "memory": _memory(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -131,6 +143,10 @@ def _commit() -> str:
     except OSError:
         return ""
     return found.stdout.strip() + "+" * bool(clean.returncode) if found.returncode == 0 else ""
+
+
+def _instructions() -> str:
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def _memory() -> str:

@@ -40,7 +40,7 @@ _MEMORY = """\
 Anonymous memory (RssAnon) over the loaded model, as a share of the bytes of the touched weights: one LoCon
 of rank 8 read and applied, then switches between five sets. `drift` is how much more the last round holds
 than the second."""
-_MACHINE = ("processor", "cores", "memory", "gpu", "system", "python", "torch", "sd-webui-locon")
+_MACHINE = ("processor", "instructions", "cores", "memory", "gpu", "system", "python", "torch", "sd-webui-locon")
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -59,7 +59,9 @@ def _head(results: Results) -> Iterator[str]:
     yield "Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; not by hand. `python"
     yield "install.py bench` measures everything again and writes it anew."
     yield ""
-    machines = {name: {field: found["machine"][field] for field in _MACHINE} for name, found in results.items()}
+    machines = {
+        name: {field: found["machine"].get(field, "–") for field in _MACHINE} for name, found in results.items()
+    }
     distinct = [dict(items) for items in dict.fromkeys(tuple(machine.items()) for machine in machines.values())]
     titles = [", ".join(name for name in machines if machines[name] == machine) for machine in distinct]
     yield from table(
@@ -91,6 +93,7 @@ def _speed(results: Results) -> Iterator[str]:
         ("switch-other", "From another LoCon, whose base is kept already"),
         ("switch-base", "From the base: no adapter is merged before"),
         ("switch-checkpoint", "From another LoCon, with the base in the checkpoint file (the webui's default)"),
+        ("switch-avx2", "From another LoCon, on a processor without AVX-512"),
         ("switch-sdxl", "SDXL, from another LoCon; no bars"),
     ):
         yield ""

@@ -310,6 +310,16 @@ def test_without_a_gpu_its_measurements_are_left_out(tmp_path: Path, capsys: pyt
     assert "torch finds no GPU here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("has", "left_out"), [("AVX2", False), ("AVX512", True), ("DEFAULT", True)])
+def test_what_is_for_a_kind_of_processor_is_left_out_on_others(
+    monkeypatch: pytest.MonkeyPatch, has: str, left_out: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
+    assert (has in report.why_not_here("switch-avx2")) is left_out
+    assert report.why_not_here("switch-other") == ""
+    assert report.machine()["instructions"] == has
+
+
 def test_the_page_in_the_repository_is_that_of_its_results() -> None:
     assert report.PAGE.read_text(encoding="utf8") == page(report.read(report.RESULTS))
 
