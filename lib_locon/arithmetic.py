@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
 _AUTOCAST = ("cpu", "cuda", "xpu")
 """Where torch 2.1 knows autocast; it refuses to be told of other devices, also to leave them alone."""
 

@@ -62,13 +62,13 @@ class Use:
     def patches(self, found: Match) -> list[Patch]:
         """What this use does to a model that it matched so, in the order of what matched.
 
-        Equal sources mean equal ΔW: the same file (path, size, time of change), `dyn`, module and family. One file may
+        Equal sources mean equal ΔW: the same file (path, size, time of change), module, family and `dyn`. One file may
         change a weight twice, by two families in one module or under two names.
         """
-        origin = f"{self.adapter.identity}|{self.dyn}"
+        file = str(self.adapter.identity)
         return [
             Patch(
-                f"{origin}|{item.module}|{item.layer.family.name}",
+                f"{file}|{item.module}|{item.layer.family.name}|{self.dyn}",
                 item.view,
                 self.strength_of(item),
                 item.layer if self.dyn is None else item.layer.truncated(self.dyn),

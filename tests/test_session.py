@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
@@ -62,6 +63,17 @@ def test_a_model_is_freed_though_sessions_and_adapters_live(tmp_path: Path) -> N
     del one
     assert gone() is None
     assert session is not None
+
+
+def test_a_model_is_freed_though_the_class_of_a_layer_holds_it(tmp_path: Path) -> None:
+    one = model()
+    one["linear"].__class__ = type("Wrapped", (nn.Linear,), {"whole": lambda _, model=one: model})
+    lib_locon.Session(one).apply([lib_locon.Use(adapter(tmp_path))])
+    lib_locon.Session(one).restore()
+    alive = weakref.ref(one)
+    del one
+    gc.collect()
+    assert alive() is None
 
 
 def test_what_is_kept_does_not_grow_with_the_changes(tmp_path: Path) -> None:

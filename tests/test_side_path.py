@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 import lib_locon
 from extensions_builtin_shim.tiny_sd import TinySD, sample
@@ -728,41 +729,70 @@ def test_requantising_starts_from_the_best_base_and_stays_finite() -> None:
     )
 
 
-class Computed(nn.Linear):
-    @property
-    def scale_weight(self) -> Tensor:
-        return torch.tensor(0.5)
+def _as_attribute(layer: nn.Linear, scale: Tensor) -> None:
+    layer.scale_weight = scale
 
 
-class Asking(nn.Linear):
-    def __getattr__(self, name: str) -> object:
-        return torch.tensor(0.5) if name == "weight_scale" else super().__getattr__(name)
+def _as_parameter(layer: nn.Linear, scale: Tensor) -> None:
+    layer.weight_scale = nn.Parameter(scale)
+
+
+def _as_buffer(layer: nn.Linear, scale: Tensor) -> None:
+    layer.register_buffer("weight_scale", scale)
+
+
+def _by_its_class(layer: nn.Linear, scale: Tensor) -> None:
+    type(layer).scale_weight = property(lambda self: scale)
+
+
+def _by_getattr(layer: nn.Linear, scale: Tensor) -> None:
+    ask = nn.Module.__getattr__
+    type(layer).__getattr__ = lambda self, name: scale if name == "weight_scale" else ask(self, name)
+
+
+def _by_getattribute(layer: nn.Linear, scale: Tensor) -> None:
+    ask = nn.Module.__getattribute__
+    type(layer).__getattribute__ = lambda self, name: scale if name == "weight_scale" else ask(self, name)
+
+
+def _by_parametrization(layer: nn.Linear, scale: Tensor) -> None:
+    layer.weight_scale = nn.Parameter(scale)
+    parametrize.register_parametrization(layer, "weight_scale", nn.Identity())
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda layer, scale: setattr(layer, "scale_weight", scale),
-        lambda layer, scale: setattr(layer, "weight_scale", nn.Parameter(scale)),
-        lambda layer, scale: layer.register_buffer("weight_scale", scale),
-        lambda layer, _: setattr(layer, "__class__", Computed),
-        lambda layer, _: setattr(layer, "__class__", Asking),
-    ],
-    ids=["attribute", "parameter", "buffer", "property", "getattr"],
+    "give",
+    [_as_attribute, _as_parameter, _as_buffer, _by_its_class, _by_getattr, _by_getattribute, _by_parametrization],
 )
 @pytest.mark.parametrize("dtype", [FP8, torch.float32], ids=str)
 def test_a_scale_is_found_wherever_a_module_has_it(
-    make: Callable[[nn.Module, Tensor], object], dtype: torch.dtype
+    give: Callable[[nn.Linear, Tensor], None], dtype: torch.dtype
 ) -> None:
+    """Also where it came after somebody had asked a module of that class."""
+
+    class Scaled(nn.Linear):
+        pass
+
     layer = in_8_bits(dtype)
     del layer.weight_scale
+    layer.__class__ = Scaled
+    parametrize.register_parametrization(layer, "bias", nn.Identity())  # gives it a class of its own
     stored = layer.weight.detach().float()
+    assert ("scale" in which_path(layer, "weight", View("weight"), branch=False).reason) is False
     assert torch.equal(decode(layer, "weight", layer.weight.detach()).float(), stored)
-    make(layer, torch.tensor(0.5))
+    give(layer, torch.tensor(0.5))
     assert torch.equal(decode(layer, "weight", layer.weight.detach()).float(), stored * 0.5)
     route = which_path(layer, "weight", View("weight"), branch=False)
     assert route.path == "requantise"
     assert ("scale" in route.reason) is (dtype == torch.float32)
+
+
+def test_a_compiled_layer_is_told_from_others() -> None:
+    layer = torch.jit.script(nn.Linear(8, 12))
+    assert which_path(layer, "weight", View("weight"), branch=True).path == "merge"
+    assert (
+        which_path(layer, "weight", View("weight"), branch=True, side=True).reason == "its layer is a compiled script"
+    )
 
 
 def in_8_bits(dtype: torch.dtype, scale: object = None) -> nn.Linear:

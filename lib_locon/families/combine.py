@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib_locon.arithmetic import FLOAT32_MAX
 from lib_locon.families.branch_of import branch_of, has_branch
 from lib_locon.families.branches import Branch, LowRank
 from lib_locon.families.convolve import apply_pointwise, apply_weight, per_group
+from lib_locon.families.layer import FLOAT32_MAX
 from lib_locon.uploads import moved
 
 __all__ = ["Combined", "combine", "has_branch", "send"]

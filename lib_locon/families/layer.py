@@ -12,15 +12,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import (
-    FLOAT32_MAX,
-    exact_arithmetic,
-    has_products,
-    matrix,
-    peak,
-    rounded_product,
-    working_dtype,
-)
+from lib_locon.arithmetic import exact_arithmetic, has_products, matrix, peak, rounded_product, working_dtype
 from lib_locon.errors import ShapeError
 from lib_locon.families.base import Adder, Family
 from lib_locon.uploads import moved
@@ -31,6 +23,7 @@ ORDINARY = 2.0**16
 """Beyond any number of fp16. The longest chain of products (Tucker, rank 4096) of numbers up to here fits in fp32."""
 _WIDTHS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that torch has products for, nearly everywhere."""
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)

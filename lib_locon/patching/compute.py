@@ -134,7 +134,7 @@ def _product(
     if len(products) < len(patches) or not products:
         return None
     up, down = _side_by_side(products, out, space, 0)
-    return (up, down) if _fits(up, down, out) else None
+    return (up, down) if (up.shape[0], down.shape[1]) == matrix(out).shape else None
 
 
 def _write_product(
@@ -171,13 +171,7 @@ def _scaled_product(
         product = _product(out, patches, factors, space)
         return None if product is None else (*product, 1.0)
     up, down, scale = factors[0]
-    return (up, down, patches[0].strength * scale) if _fits(up, down, out) else None
-
-
-def _fits(up: Tensor, down: Tensor, out: Tensor) -> bool:
-    """Whether their product has the shape of `out` as a matrix."""
-    rows = up.shape[0]
-    return rows == out.shape[0] and rows * down.shape[1] == out.numel()
+    return (up, down, patches[0].strength * scale) if (up.shape[0], down.shape[1]) == matrix(out).shape else None
 
 
 def _write_rows(

@@ -222,8 +222,8 @@ class Engine:
                 self._forget(path)
 
     def _write_all(self, paths: Sequence[str], weights: Mapping[str, Tensor], plan: Plan, rounding: Rounding) -> None:
-        """Writes these weights, of all that are held or planned: those that get their base back, then those that two
-        workers may. Raises _Failed."""
+        """Writes the weights of these paths: those that get their base back, then those that two workers may. `weights`
+        are all that are held or planned, as far as they are there. Raises _Failed."""
         extremes: dict[str, Tensor | None] = {}
         refuse_overlaps({path: weight for path, weight in weights.items() if path in plan})
         devices = {weight.device.type for weight in weights.values()}

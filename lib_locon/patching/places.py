@@ -18,10 +18,11 @@ def refuse_overlaps(weights: Mapping[str, Tensor]) -> None:
     by_device: dict[torch.device, list[tuple[int, int, str]]] = {}
     for path, weight in weights.items():
         # elsewhere (MPS, XLA) a tensor's address may be that of something that stands for its memory
-        if (weight.is_cpu or weight.is_cuda) and type(weight) in (Tensor, torch.nn.Parameter):
-            start, size = weight.data_ptr(), _extent(weight) * weight.element_size()
-            if start and size:
-                by_device.setdefault(weight.device, []).append((start, start + size, path))
+        if (weight.is_cpu or weight.is_cuda) and type(weight) in (Tensor, torch.nn.Parameter) and weight.numel():
+            start = weight.data_ptr()
+            if start:
+                end = start + _extent(weight) * weight.element_size()
+                by_device.setdefault(weight.device, []).append((start, end, path))
     for spans in by_device.values():
         _refuse_overlaps(spans, weights)
 
@@ -42,7 +43,7 @@ def _refuse_overlaps(spans: list[tuple[int, int, str]], weights: Mapping[str, Te
 
 def _extent(weight: Tensor) -> int:
     """Numbers from the first to the last, and those between them that are others'."""
-    if weight.is_contiguous() or not weight.numel():
+    if weight.is_contiguous():
         return weight.numel()
     return 1 + sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lib_locon.arithmetic import FLOAT32_MAX
 from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
 
@@ -60,6 +59,16 @@ class Patch(NamedTuple):
         return self.source, self.view, self.strength
 
 
+def _sum(strengths: Iterable[float]) -> float:
+    try:
+        strength = math.fsum(strengths)
+    except OverflowError:
+        strength = math.inf
+    if not abs(strength) <= torch.finfo(torch.float32).max:
+        raise PatchError("the strengths of one adapter come to no number that fp32 holds; nothing was changed")
+    return strength
+
+
 Plan: TypeAlias = Mapping[str, tuple[Patch, ...]]
 """Parameter path → its patches, in an order that does not depend on the order of the tags unless that is wanted."""
 
@@ -71,26 +80,15 @@ def make_plan(patches: Iterable[Patch], *, as_given: bool = False) -> Plan:
     that three equal sources give the same strength in any order too. `as_given` leaves the patches in their order, each
     where its source came first. Raises PatchError for one that is not finite.
     """
-    found: dict[str, dict[tuple[str, View], list[Patch]]] = {}
+    strengths: dict[tuple[str, View], list[float]] = {}
+    deltas: dict[tuple[str, View], Delta] = {}
     for patch in patches:
-        found.setdefault(patch.view.path, {}).setdefault((patch.source, patch.view), []).append(patch)
+        strengths.setdefault((patch.source, patch.view), []).append(patch.strength)
+        deltas.setdefault((patch.source, patch.view), patch.delta)
     plan: dict[str, tuple[Patch, ...]] = {}
-    for path in found if as_given else sorted(found):
-        equal = found[path]
-        sums = [_sum(equal[key]) for key in (equal if as_given or len(equal) == 1 else sorted(equal))]
-        changes = tuple(patch for patch in sums if patch.strength)
-        if changes:
-            plan[path] = changes
+    for (source, view), parts in strengths.items() if as_given else sorted(strengths.items()):
+        strength = _sum(parts)
+        if strength:
+            patch = Patch(source, view, strength, deltas[source, view])
+            plan[view.path] = (*plan.get(view.path, ()), patch)
     return plan
-
-
-def _sum(equal: Sequence[Patch]) -> Patch:
-    """Those of one source and view as one."""
-    first = equal[0]
-    try:
-        strength = first.strength if len(equal) == 1 else math.fsum(patch.strength for patch in equal)
-    except OverflowError:
-        strength = math.inf
-    if not abs(strength) <= FLOAT32_MAX:
-        raise PatchError("the strengths of one adapter come to no number that fp32 holds; nothing was changed")
-    return first if len(equal) == 1 else first._replace(strength=strength)

@@ -9,7 +9,6 @@ import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -29,6 +28,8 @@ FP8 = frozenset(
 PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 SCALES = ("scale_weight", "weight_scale")
 """What modules call the number, or the column of numbers, that their 8-bit weight is to be multiplied by."""
+_GETATTR = nn.Module.__getattr__
+"""torch's own: an extension may replace it."""
 _READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 Way: TypeAlias = Literal["merge", "side", "requantise"]
 
@@ -110,9 +111,7 @@ def which_path(
 
 
 def _cannot_hold(module: nn.Module, name: str, findings: Findings) -> str | None:
-    weight = module._parameters.get(name)
-    if weight is None:
-        weight = getattr(module, name)
+    weight: Tensor = getattr(module, name)
     if weight.is_meta:
         return "the model's weight has no data (meta device)"
     if type(weight) not in (nn.Parameter, Tensor) or hasattr(weight, "quant_state"):
@@ -126,22 +125,21 @@ def _cannot_hold(module: nn.Module, name: str, findings: Findings) -> str | None
 
 def _stored_scale(module: nn.Module) -> Any:
     """What lies beside the module's weight to be multiplied with it, in whatever form; None for nothing."""
-    own, parameters, buffers, modules = module.__dict__, module._parameters, module._buffers, module._modules
-    kind: Any = type(module)
-    anywhere = _answers_itself(kind)
     for name in SCALES:
-        # looked for first: to find nothing takes `getattr` ten times as long, for each module at each change
-        if anywhere or name in own or name in parameters or name in buffers or name in modules:
+        if _may_have(module, name):
             scale = getattr(module, name, None)
             if scale is not None:
                 return scale
     return None
 
 
-@lru_cache(maxsize=256)
-def _answers_itself(kind: type[Any]) -> bool:
-    """Whether a class of modules has a scale of its own making, or its own way to find attributes."""
-    return kind.__getattr__ is not nn.Module.__getattr__ or any(hasattr(kind, name) for name in SCALES)
+def _may_have(module: nn.Module, name: str) -> bool:
+    """Whether `getattr` may find it. To find nothing takes `getattr` several times as long as this, for each module at
+    each change. Nothing is remembered: classes change, and who keeps one may keep a model by it."""
+    kind: Any = type(module)
+    if kind.__getattr__ is not _GETATTR or kind.__getattribute__ is not object.__getattribute__ or hasattr(kind, name):
+        return True
+    return name in module.__dict__ or name in module._parameters or name in module._buffers or name in module._modules
 
 
 def cannot_hook(module: nn.Module, name: str, view: View, parent: nn.Module | None = None) -> str | None:
@@ -167,9 +165,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _read_only(weight: Tensor, findings: Findings) -> bool:
     """Whether a write would fail: numbers that share memory among themselves, or memory that the system protects."""
-    if not weight.is_contiguous() and any(
-        stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)
-    ):
+    if any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
         return True
     storage = weight.untyped_storage()
     owned = not hasattr(storage, "resizable") or storage.resizable()  # by torch, which allocates to write
