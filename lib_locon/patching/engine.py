@@ -115,10 +115,11 @@ class Engine:
             self._writer = self._new_writer(findings)
             self._accept_outside_writes()
             plan = self._weights.untied(plan)
-            paths = {**self._held, **plan}
-            there = self._weights.found(paths)
-            held = {path: self._held[path] for path in there if path in self._held}
-            changed = [p for p in paths if p not in held or not held[p].is_of(plan.get(p, ()), rounding)]
+            held = self._held
+            there = self._weights.found({**held, **plan})
+            # one whose module is gone is to be said in any case
+            same = {path for path in there if path in held and held[path].is_of(plan.get(path, ()), rounding)}
+            changed = [path for path in {**held, **plan} if path not in same]
             if not changed:
                 return 0
             try:
