@@ -787,12 +787,12 @@ def test_a_scale_is_found_wherever_a_module_has_it(
     assert ("scale" in route.reason) is (dtype == torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_compiled_layer_is_told_from_others() -> None:
     layer = torch.jit.script(nn.Linear(8, 12))
     assert which_path(layer, "weight", View("weight"), branch=True).path == "merge"
-    assert (
-        which_path(layer, "weight", View("weight"), branch=True, side=True).reason == "its layer is a compiled script"
-    )
+    beside = which_path(layer, "weight", View("weight"), branch=True, side=True)
+    assert beside.reason == "its layer is a compiled script"
 
 
 def in_8_bits(dtype: torch.dtype, scale: object = None) -> nn.Linear:

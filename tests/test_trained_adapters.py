@@ -30,6 +30,7 @@ from extensions_builtin_shim.tiny_sd.shapes import SHAPES, Scene, draw
 from extensions_builtin_shim.tiny_sd.styles import STYLES
 from extensions_builtin_shim.tiny_sd.train_adapters import batch, changed_weights, layers_of, train, write
 
+pytestmark = pytest.mark.long
 NAMES = list(RECIPES)
 CONCEPTS = [name for name in NAMES if RECIPES[name].word]
 LEAST = 0.55

@@ -23,6 +23,7 @@ from extensions_builtin_shim.tiny_sd.shapes import HELD_OUT, SHAPES, Scene, draw
 from extensions_builtin_shim.tiny_sd.tokenizer import WORDS
 from extensions_builtin_shim.tiny_sd.train import CURVE, SEED, STEPS, Training, batch, rate
 
+pytestmark = pytest.mark.long
 NEEDED = 95
 """Of a hundred prompts."""
 
