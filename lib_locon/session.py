@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -137,7 +136,7 @@ class Session:
             try:
                 matches = self._matches([use.adapter for use in uses])
                 pairs = list(zip(uses, matches, strict=True))
-                patches = chain.from_iterable(use.patches(found) for use, found in pairs)
+                patches = (patch for use, found in pairs for patch in use.patches(found))
                 plan = make_plan(patches, as_given=rounding == "builtin")
                 reports = tuple(use.report(found) for use, found in pairs)
                 findings = Findings()

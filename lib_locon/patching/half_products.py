@@ -19,9 +19,8 @@ _SCALE = 1 + 2.0**-11
 def adds_in_half(out: Tensor, base: Tensor, left: Tensor, right: Tensor) -> bool:
     """Whether `torch.addmm` of these makes the sum in fp32 and rounds it once. Within `exact_arithmetic`, without which
     a host may have allowed a GPU to do otherwise. Waits for the device at the first question about it."""
-    half = out.dtype
-    alike = half == base.dtype == left.dtype == right.dtype
-    return not out.is_cpu and alike and half in _HALVES and _sums_in_fp32(out.device, half)
+    dtypes = {out.dtype, base.dtype, left.dtype, right.dtype}
+    return not out.is_cpu and len(dtypes) == 1 and out.dtype in _HALVES and _sums_in_fp32(out.device, out.dtype)
 
 
 @cache
