@@ -220,6 +220,16 @@ def test_a_parameter_outlives_one_of_its_modules(patch: MakePatch) -> None:
     assert not engine.active
 
 
+def test_the_same_set_again_says_that_a_module_of_it_is_gone(patch: MakePatch) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(6, 6, bias=False), "other": nn.Linear(6, 6, bias=False)})
+    engine = Engine(model)
+    plan = plan_of(patch, model, "linear.weight", "other.weight")
+    engine.apply(plan)
+    model["linear"] = nn.Linear(6, 6, bias=False)
+    with pytest.raises(PatchError, match=r"linear.weight.*is gone"):
+        engine.apply(plan)
+
+
 def test_a_weight_that_another_module_took_over_is_not_forgotten(patch: MakePatch) -> None:
     model = nn.ModuleDict({"linear": nn.Linear(6, 6, bias=False)})
     engine = Engine(model)
