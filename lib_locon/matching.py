@@ -179,6 +179,10 @@ def _stacked(layer: Layer, views: tuple[View, ...], shapes: list[tuple[int, ...]
     """A fused adapter's rows, each part for the projection that the model holds by itself."""
     whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     layer.check(whole)
+    own = layer.family.split([shape[0] for shape in shapes]) if layer.plain else None
+    if own is not None:
+        yield from zip(views, (replace(layer, family=family) for family in own), strict=True)
+        return
     if layer.needs_base:
         raise Unusable(f"{layer.label} on a fused projection needs it whole, and the model holds it in parts")
     start = 0

@@ -70,6 +70,7 @@ def sizes_for(kind: type[Family], shape: tuple[int, ...], rng: random.Random) ->
     if kind.name in ("OFT", "BOFT"):
         side = n if "boft_R" in kind.suffixes() or "blocks" in " ".join(kind.specs().values()) else out
         block = rng.choice([i for i in range(2, side + 1) if side % i == 0] or [1])
+        sizes |= {f"b{part}": block for part in range(4)}
         sizes |= {"b": block, "k": side // block, "d": side // block, "m": 1}
         sizes |= {"blocks": rng.choice([1, side // block]), "packed": max(1, block * (block - 1) // 2)}
     return sizes
@@ -299,6 +300,7 @@ def _check_nothing_dropped(adapter: Adapter) -> None:
         module = modules[written]
         suffix = module.name.dialect.renames.get(suffix, suffix)
         used = {suffix for layer in module.layers for suffix in layer.family.tensors()}
+        used |= {name.removeprefix("onetrainer.") for name in used}
         beside = suffix in (*MAGNITUDES, ALPHA, SCALE, "reshape_weight") and (module.layers or module.unread)
         if suffix not in used and not beside and not module.name.dialect.rejected:
             raise AssertionError(f"{key!r} was dropped without a word")

@@ -155,6 +155,14 @@ class Family:
         del rank
         return self
 
+    def split(self, rows: Sequence[int]) -> list[Family] | None:
+        """The same change as one family for each of these row blocks; None where it cannot be told apart so.
+
+        Families that do not read the base have no need of it: their rows are cut out of ΔW.
+        """
+        del rows
+        return None
+
     def bound(self, peaks: Mapping[str, float]) -> float:
         """What no number of ΔW (without alpha/rank) exceeds in size, from the largest of each factor, by suffix.
 

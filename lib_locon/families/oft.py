@@ -6,6 +6,7 @@ far the rotation may go (the norm of Q over all blocks).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +65,14 @@ def constrained(q: Tensor, alpha: Tensor | None, out: int) -> Tensor:
     return q
 
 
+def always_limited(q: Tensor, alpha: Tensor | None, out: int) -> Tensor:
+    """kohya: Q shrunk to the norm alpha · out where it is longer, at alpha 0 too; as it is where alpha is missing."""
+    if alpha is None:
+        return q
+    norm: Tensor = torch.linalg.vector_norm(q)
+    return q * ((torch.clamp(norm, max=float(alpha) * out) + EPSILON) / (norm + EPSILON))
+
+
 def rotate_blocks(rotations: Tensor, rows: Tensor) -> Tensor:
     """Rᵀ of each block (k, b, b) on its b rows of (k·b, n)."""
     blocks = rows.reshape(*rotations.shape[:2], -1)
@@ -95,11 +104,54 @@ class KohyaOFT(DiagOFT):
     blocks: Tensor = factor("kohya_oft_blocks", "k b b")
 
     def rotate(self, rows: Tensor) -> Tensor:
-        q = skew(self.blocks)
-        if self.alpha is not None:
-            norm = torch.linalg.vector_norm(q)
-            q = q * ((torch.clamp(norm, max=float(self.alpha) * rows.shape[0]) + EPSILON) / (norm + EPSILON))
-        return rotate_blocks(cayley(q), rows)
+        return rotate_blocks(cayley(always_limited(skew(self.blocks), self.alpha, rows.shape[0])), rows)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SplitKohyaOFT(OutputRotation):
+    """kohya's OFT for Flux: a list of rotations, one for each part of the rows (q, k, v and mlp), or one for all.
+
+    The limit of a part is alpha · its own rows, over all its blocks (`networks/oft_flux.py`).
+    """
+
+    name = "OFT"
+    first: Tensor = factor("oft_blocks.0", "k b0 b0")
+    second: Tensor | None = factor("oft_blocks.1", "k b1 b1", optional=True)
+    third: Tensor | None = factor("oft_blocks.2", "k b2 b2", optional=True)
+    fourth: Tensor | None = factor("oft_blocks.3", "k b3 b3", optional=True)
+    alpha: Tensor | None = factor("alpha", "", optional=True)
+
+    def shape(self) -> tuple[int | None, int | None]:
+        self.sizes()
+        if any(blocks.ndim != 3 for blocks in self.parts()):
+            raise ShapeError("OFT blocks have three axes, not the shapes of this file's")
+        return sum(map(_rows, self.parts())), None
+
+    def parts(self) -> list[Tensor]:
+        """The blocks of each part, (k, b, b), in the order of the rows. Raises ShapeError where one is missing."""
+        listed = [self.first, self.second, self.third, self.fourth]
+        found = [blocks for blocks in listed if blocks is not None]
+        if any(blocks is None for blocks in listed[: len(found)]):
+            raise ShapeError("a part of its list of rotations is missing")
+        return found
+
+    def split(self, rows: Sequence[int]) -> list[Family] | None:
+        parts = self.parts()
+        if [_rows(blocks) for blocks in parts] != list(rows):
+            return None
+        return [SplitKohyaOFT(first=blocks, alpha=self.alpha) for blocks in parts]
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        turned, start = [], 0
+        for blocks in self.parts():
+            part = rows[start : start + _rows(blocks)]
+            turned.append(rotate_blocks(cayley(always_limited(skew(blocks), self.alpha, len(part))), part))
+            start += len(part)
+        return torch.cat(turned)
+
+
+def _rows(blocks: Tensor) -> int:
+    return blocks.shape[0] * blocks.shape[1]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

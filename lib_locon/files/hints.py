@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from lib_locon.families.build import Hints
 from lib_locon.families.dora import magnitude_side
+from lib_locon.files.trainer_marks import is_true, network_arguments
 
 
 def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hints:
     """The side of DoRA for layers whose shape leaves it open: by the metadata, else by the file's other layers."""
-    try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-        stated = arguments.get("wd_on_output", arguments.get("wd_on_out")) if isinstance(arguments, dict) else None
-    except (ValueError, RecursionError):
-        stated = None
+    arguments = network_arguments(metadata)
+    stated = arguments.get("wd_on_output", arguments.get("wd_on_out"))
     if stated is not None:
-        return Hints(dora_on_output=str(stated).lower() == "true", dora_why="the file's metadata")
+        return Hints(dora_on_output=is_true(stated), dora_why="the file's metadata")
     sides = {side for side in map(magnitude_side, magnitudes) if side is not None}
     if len(sides) == 1:
         return Hints(dora_on_output=sides.pop(), dora_why="the file's other layers")
