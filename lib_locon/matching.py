@@ -13,6 +13,7 @@ from lib_locon.families.layer import Layer
 from lib_locon.families.rows import RowsLayer
 from lib_locon.files.adapter import Adapter, Module, Unmatched
 from lib_locon.models.base_family import base_family, other_family
+from lib_locon.models.blocks import place_of
 from lib_locon.models.table import TargetTable
 from lib_locon.models.targets import Target, View
 from lib_locon.patching.sidepath import SidePath
@@ -22,8 +23,9 @@ Unwritable = Callable[[View, Layer], "str | None"]
 WRONG_SHAPE = "wrong shape"
 MOST_GROWTH = 16
 """How many times its size a weight may grow for `reshape_weight`; Flux's tools need 2 to 6."""
-INPAINTING, LATENT = 9, 4
-"""Input channels of an inpainting model, and those of them that every other model has too."""
+FIRST_LAYERS = frozenset({"input_blocks.0.0", "conv_in", "img_in", "x_embedder", "x_embedder.proj", "pos_embed.proj"})
+"""The layers that read a latent image, by their names inside UNet or transformer. Families of models that read more
+beside it (inpainting, depth, instruct-pix2pix, Flux Fill and Control) have wider ones, the latent's channels first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,16 +161,9 @@ def _pieces(layer: Layer, views: tuple[View, ...], target: Target, model: _Model
         _check_growth(layer, shapes, model)
         yield views[0], layer
     elif len(views) == 1:
-        try:
-            layer.check(shapes[0])
-        except ShapeError:
-            narrow = _without_inpainting(views[0], shapes[0])
-            if narrow is None:
-                raise
-            layer.check(narrow.shape(table.shapes[narrow.path]))
-            yield narrow, layer
-        else:
-            yield views[0], layer
+        narrow = _first_inputs(layer, views[0], shapes[0], target.component)
+        layer.check(narrow.shape(table.shapes[narrow.path]))
+        yield narrow, layer
     else:
         yield from _stacked(layer, views, shapes)
     if not layer.finite():  # last: it reads the factors, which only what fits is worth
@@ -202,8 +197,22 @@ def _check_growth(layer: Layer, shapes: list[tuple[int, ...]], model: _Model) ->
     layer.check(layer.reshape)
 
 
-def _without_inpainting(view: View, shape: tuple[int, ...]) -> View | None:
-    """Of an inpainting model's first convolution, the part that adapters were trained on."""
-    if len(shape) == 4 and shape[1] == INPAINTING and view.length < 0:
-        return view._replace(axis=1, start=0, length=LATENT)
-    return None
+def _first_inputs(layer: Layer, view: View, shape: tuple[int, ...], component: str) -> View:
+    """The part of a first layer's weight that the adapter was trained on: all of it, or the first of its inputs.
+
+    The further inputs are left as they are, which is a ΔW filled with zeros. Raises ShapeError where the adapter is for
+    more inputs than the layer has.
+    """
+    out, n = layer.family.shape()
+    kernel = prod(shape[2:])
+    if len(shape) < 2 or view.length >= 0 or n is None or n % kernel or out not in (None, shape[0]):
+        return view
+    inputs = n // kernel
+    if inputs == shape[1] or place_of(component, view.path).layer not in FIRST_LAYERS:
+        return view
+    if inputs > shape[1]:
+        raise ShapeError(
+            f"its ΔW is for {inputs} inputs, this layer has {shape[1]} (an adapter for a model that reads more than an "
+            "image, such as inpainting, Fill or Control?)"
+        )
+    return view._replace(axis=1, start=0, length=inputs)

@@ -62,6 +62,9 @@ _ONETRAINER = {"oft_R.weight": "onetrainer.oft_R.weight"}  # PEFT never writes u
 _PARTS = {"unet.": "unet", "transformer.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2",
           "text_encoder_3.": "te3"}  # fmt: skip
 
+ENCODERS = {"clip_l": "te1", "clip_h": "te1", "clip_g": "te2", "t5xxl": "te3"}
+"""ComfyUI and OneTrainer name text encoders by their architecture; clip_h is SD2's only one."""
+
 PREFIXES: tuple[Dialect, ...] = (
     Dialect("lora_unet__", "Wan", rejected="Wan's video models are not supported"),
     Dialect("lora_prior_unet_", "Stable Cascade", rejected="Stable Cascade is not supported"),
@@ -80,11 +83,11 @@ PREFIXES: tuple[Dialect, ...] = (
     *(Dialect(part, "diffusers", (component,)) for part, component in _PARTS.items()),
     Dialect("model.diffusion_model.", "ldm", ("unet",)),
     Dialect("diffusion_model.", "ldm", ("unet",)),
-    Dialect("text_encoders.clip_l.", "ComfyUI", ("te1",)),
-    Dialect("text_encoders.clip_g.", "ComfyUI", ("te2",)),
-    Dialect("text_encoders.t5xxl.", "ComfyUI", ("te3",)),
-    Dialect("clip_l.", "ComfyUI", ("te1",)),
-    Dialect("clip_g.", "ComfyUI", ("te2",)),
+    *(
+        Dialect(f"{root}{name}.", "ComfyUI", (component,))
+        for root in ("text_encoders.", "")
+        for name, component in ENCODERS.items()
+    ),
     Dialect("cond_stage_model.", "ldm", ("te1",)),
     Dialect("conditioner.embedders.0.", "sgm", ("te1", "te2")),
     Dialect("conditioner.embedders.1.", "sgm", ("te2",)),

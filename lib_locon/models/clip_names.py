@@ -16,6 +16,12 @@ _LAYER = {
     "ln_2": "layer_norm2",
 }
 _TOP = {"ln_final": "final_layer_norm", "token_embedding": "embeddings.token_embedding"}
+_LAYERS = "encoder.layers."
+_OF_LAYER = {theirs: ours for ours, theirs in _LAYER.items()}
+_TO_OPEN_CLIP = {
+    **{theirs: ours for ours, theirs in _TOP.items()},
+    "embeddings.position_embedding": "positional_embedding",
+}
 _PROCESSOR = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 """diffusers' first text encoder adapters speak of the projections as its UNet does."""
 Views = Mapping[str, tuple[View, ...]]
@@ -46,6 +52,35 @@ def open_clip_names(name: str) -> str | None:
         if leaf in _LAYER:
             return f"encoder.layers.{number}.{_LAYER[leaf]}"
     return None
+
+
+def open_clip_spellings(name: str) -> Iterator[str]:
+    """OpenCLIP's names of the Hugging Face module `name` (inside a text encoder); none for what has none."""
+    bare = name
+    for level in _LEVELS:
+        bare = bare.removeprefix(level)
+    found = _TO_OPEN_CLIP.get(bare, "")
+    if bare.startswith(_LAYERS):
+        number, _, leaf = bare[len(_LAYERS) :].partition(".")
+        found = f"{_RESBLOCKS}{number}.{_OF_LAYER[leaf]}" if leaf in _OF_LAYER else ""
+    if found:
+        yield from (found, f"model.{found}")
+
+
+def fused_projections(bodies: Mapping[str, Views]) -> Iterator[tuple[str, Views]]:
+    """(OpenCLIP's name, views) of each attention whose q, k and v the model holds apart, one below the other."""
+    for body in bodies:
+        stem, _, leaf = body.rpartition(".")
+        parts = [bodies.get(f"{stem}.{name}") for name in ("q_proj", "k_proj", "v_proj")]
+        bare = stem
+        for level in _LEVELS:
+            bare = bare.removeprefix(level)
+        if leaf == "q_proj" and bare.startswith(_LAYERS) and bare.endswith(".self_attn") and all(parts):
+            there = [part for part in parts if part]
+            shared = [parameter for parameter in there[0] if all(parameter in part for part in there)]
+            views = {parameter: tuple(view for part in there for view in part[parameter]) for parameter in shared}
+            number = bare[len(_LAYERS) :].partition(".")[0]
+            yield f"{_RESBLOCKS}{number}.attn.in_proj", views
 
 
 def open_clip_parts(name: str, views: Views, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Views]]:

@@ -11,10 +11,17 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lib_locon.models.clip_names import open_clip_names, open_clip_parts, text_encoder_names
+from lib_locon.files.dialects import ENCODERS
+from lib_locon.models.clip_names import (
+    fused_projections,
+    open_clip_names,
+    open_clip_parts,
+    open_clip_spellings,
+    text_encoder_names,
+)
 from lib_locon.models.targets import Target, View
 from lib_locon.models.transformer_names import transformer_names
-from lib_locon.models.unet_names import SECOND_NAMES, diffusers_names
+from lib_locon.models.unet_names import SECOND_NAMES, diffusers_names, ldm_names
 
 ROOTS: tuple[tuple[str, str], ...] = (
     ("model.diffusion_model.", "unet"),
@@ -22,9 +29,7 @@ ROOTS: tuple[tuple[str, str], ...] = (
     ("cond_stage_model.", "te1"),
     ("conditioner.embedders.0.", "te1"),
     ("conditioner.embedders.1.", "te2"),
-    ("text_encoders.clip_l.", "te1"),
-    ("text_encoders.clip_g.", "te2"),
-    ("text_encoders.t5xxl.", "te3"),
+    *((f"{root}{name}.", component) for root in ("text_encoders.", "") for name, component in ENCODERS.items()),
     ("unet.", "unet"),
     ("transformer.", "unet"),
     ("text_encoder.", "te1"),
@@ -47,6 +52,24 @@ WHOLE = "model"
 WRAPPERS = frozenset({"wrapped", "_orig_mod"})
 """Levels that the host's hijack and torch.compile put between a module and its name."""
 Views = Mapping[str, tuple[View, ...]]
+_LEVELS = (
+    "_processor_",
+    "__checkpoint_wrapped_module_",  # before the shorter one that is a part of it
+    "_checkpoint_",
+    "__fsdp_wrapped_module_",
+    "__orig_mod_",
+    "_base_layer_",
+)
+"""Levels that trainers and what they wrap a model in leave in the names of a file, underscored."""
+_WRITTEN_TWICE = (
+    "model_diffusion_model_",
+    "diffusion_model_",
+    "base_model_model_",
+    "transformer_",
+    "unet_",
+    "module_",
+)
+"""Roots that some writers put behind a prefix which says the same."""
 
 
 @dataclass
@@ -74,8 +97,16 @@ class TargetTable:
             bodies = {body: views for body, (_, views) in modules.items()}
             if component in ("unet", WHOLE):
                 table._add_unet(component, bodies)
-        if "te3" in table.aliases and "te2" not in table.aliases:  # Flux: its T5 is the second one for most trainers
+            if component != "unet":
+                for alias, views in fused_projections(bodies):
+                    table._add(component, [alias, f"model.{alias}"], Target(component, alias, views))
+        # Flux has two text encoders: its T5 is the second one for most trainers and hosts, the third for others
+        if "te3" in table.aliases and "te2" not in table.aliases:
             table.aliases["te2"] = table.aliases["te3"]
+        elif "te3" not in table.aliases and any(
+            name.startswith("encoder_block_") for name in table.aliases.get("te2", ())
+        ):
+            table.aliases["te3"] = table.aliases["te2"]
         return table
 
     def candidates(self, body: str, components: Iterable[str]) -> Iterator[Target]:
@@ -96,15 +127,16 @@ class TargetTable:
         return any(component in self.aliases for component in (*components, WHOLE))
 
     def modules(self) -> list[Target]:
-        """Each module of the model once, its row blocks not counted."""
-        whole = {target.name: target for names in self.aliases.values() for target in names.values()}
-        return list(whole.values())
+        """Each module of the model once; neither its row blocks nor several modules in one are counted."""
+        found = (target for names in self.aliases.values() for target in names.values())
+        return list({t.name: t for t in found if all(len(views) == 1 for views in t.views.values())}.values())
 
     def _add_module(self, component: str, body: str, target: Target) -> None:
         names = [body]
         if component != "unet":
             hugging_face = open_clip_names(body)
             names += [other for name in (body, hugging_face) if name for other in text_encoder_names(name)]
+            names += open_clip_spellings(body)
             for part, views in open_clip_parts(body, target.views, self.shapes):
                 self._add(component, text_encoder_names(part), Target(component, f"{target.name} ({part})", views))
         self._add(component, names, target)
@@ -116,6 +148,8 @@ class TargetTable:
     def _add_unet(self, component: str, bodies: Mapping[str, Views]) -> None:
         for body, alias in diffusers_names(bodies).items():
             self._add(component, [alias, SECOND_NAMES.get(alias, alias)], self.aliases[component][underscored(body)])
+        for body, alias in ldm_names(bodies).items():
+            self._add(component, [alias], self.aliases[component][underscored(body)])
         bare = {f"{b}.{p}": {"weight": v} for b, views in bodies.items() for p, v in views.items() if p == "scale"}
         for alias, views, whole in transformer_names({**bodies, **bare}, self.shapes):
             path = next(iter(views.values()))[0].path
@@ -131,6 +165,10 @@ class TargetTable:
                 self.collisions.append(f"{component}: {name}")
 
 
+def _is_t5(names: Iterable[str]) -> bool:
+    return any(name.startswith("encoder_block_") for name in names)
+
+
 def underscored(name: str) -> str:
     """A module's name in the one spelling in which names are compared."""
     return name.replace(".", "_")
@@ -138,16 +176,22 @@ def underscored(name: str) -> str:
 
 def plain(name: str) -> str:
     """The underscored name without the levels that one trainer or another leaves in it."""
-    name = name.replace("_processor_", "_").removesuffix("_processor").replace("_checkpoint_", "_")
+    for level in _LEVELS:
+        name = name.replace(level, "_").removeprefix(level[1:])
+    name = name.rstrip("_").removesuffix("_processor")
     return name.replace("text_model_text_model_", "text_model_")
 
 
 def _spellings(name: str) -> Iterator[str]:
     """The name, then what it is without the quirks of one trainer or another."""
     yield name
-    yield plain(name)
-    yield f"{plain(name)}_0"  # `to_out`, for `to_out.0`
-    yield plain(name).removeprefix("transformer_")
+    bare = plain(name)
+    yield bare
+    yield f"{bare}_0"  # `to_out`, for `to_out.0`
+    for root in _WRITTEN_TWICE:
+        if bare.startswith(root):
+            yield bare.removeprefix(root)
+            break
 
 
 def _components(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[str, Views]]]:

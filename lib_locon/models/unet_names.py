@@ -1,4 +1,4 @@
-"""The names of ldm's UNet modules in diffusers' spelling, worked out from the model's own blocks.
+"""UNet modules in the two spellings, ldm's and diffusers', each worked out from the other and the model's own blocks.
 
 ldm numbers blocks through (`input_blocks.4.1`), diffusers by level and kind (`down_blocks.1.attentions.0`). Which
 blocks have attention and where levels end differs between SD1, SD2, SDXL and the refiner, so it is read from the names
@@ -7,6 +7,7 @@ that the model has. Source of the rule: the structure of both classes; checked m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 
 _FIXED = {
@@ -32,6 +33,9 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 
+_LDM_FIXED = {alias: name for name, alias in _FIXED.items()}
+_LDM_FIXED |= {second: _LDM_FIXED[first] for first, second in SECOND_NAMES.items()}
+_LDM_RESNET = {alias: name for name, alias in _RESNET.items()}
 _SAMPLERS = ("downsamplers", "upsamplers")
 _KINDS = {"in_layers": "resnets", "emb_layers": "resnets", "out_layers": "resnets", "skip_connection": "resnets",
           "op": "downsamplers", "conv": "upsamplers"}  # fmt: skip
@@ -63,9 +67,21 @@ def _blocks(modules: Collection[str]) -> Iterator[tuple[str, str]]:
     """(ldm block, diffusers block) for all three stages of the UNet."""
     yield from _stage("input_blocks", "down_blocks", modules)
     yield from _stage("output_blocks", "up_blocks", modules)
-    yield "middle_block.0", "mid_block.resnets.0"
-    yield "middle_block.1", "mid_block.attentions.0"
-    yield "middle_block.2", "mid_block.resnets.1"
+    yield from _middle(modules)
+
+
+def _middle(modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The middle block's children in order; a model may have no attention there."""
+    kinds: dict[int, str] = {}
+    for name in modules:
+        stage, *rest = name.split(".")
+        if stage == "middle_block" and len(rest) > 1 and rest[0].isdigit():
+            kinds[int(rest[0])] = _KINDS.get(rest[1], "attentions")
+    count: Counter[str] = Counter()
+    for child in sorted(kinds):
+        kind = kinds[child]
+        yield f"middle_block.{child}", f"mid_block.{kind}.{count[kind]}"
+        count[kind] += 1
 
 
 def _stage(ldm: str, diffusers: str, modules: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -83,3 +99,70 @@ def _stage(ldm: str, diffusers: str, modules: Collection[str]) -> Iterator[tuple
         yield f"{ldm}.{number}.{child}", f"{diffusers}.{level}.{kind}.{0 if kind in _SAMPLERS else layer}"
         if kind in _SAMPLERS:
             level, layer = level + 1, -1
+
+
+def ldm_names(modules: Collection[str]) -> dict[str, str]:
+    """diffusers module name → ldm module name, for every module of a UNet that has one.
+
+    `modules` are the dotted names inside a diffusers UNet of the modules that own parameters.
+    """
+    blocks = dict(_ldm_blocks(modules))
+    return {name: alias for name in modules if (alias := _ldm_alias(name, blocks)) is not None}
+
+
+def _ldm_alias(name: str, blocks: dict[str, str]) -> str | None:
+    if name in _LDM_FIXED:
+        return _LDM_FIXED[name]
+    segments = name.split(".")
+    depth = 3 if segments[0] == "mid_block" else 4
+    block, leaf = blocks.get(".".join(segments[:depth])), ".".join(segments[depth:])
+    if block is None:
+        return None
+    kind = segments[depth - 2]
+    if kind == "resnets":
+        return f"{block}.{_LDM_RESNET[leaf]}" if leaf in _LDM_RESNET else None
+    if kind in _SAMPLERS:
+        return f"{block}.{'op' if kind == 'downsamplers' else 'conv'}" if leaf == "conv" else None
+    return f"{block}.{leaf}"
+
+
+def _ldm_blocks(modules: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(diffusers block, ldm block) for all three stages of the UNet."""
+    found: dict[str, dict[int, dict[str, set[int]]]] = {"down_blocks": {}, "up_blocks": {}}
+    middle: dict[str, set[int]] = {}
+    for name in modules:
+        stage, *rest = name.split(".")
+        if stage == "mid_block" and len(rest) > 2 and rest[1].isdigit():
+            middle.setdefault(rest[0], set()).add(int(rest[1]))
+        elif stage in found and len(rest) > 3 and rest[0].isdigit() and rest[2].isdigit():
+            found[stage].setdefault(int(rest[0]), {}).setdefault(rest[1], set()).add(int(rest[2]))
+    yield from _ldm_levels("down_blocks", "input_blocks", found["down_blocks"], 1)
+    yield from _ldm_levels("up_blocks", "output_blocks", found["up_blocks"], 0)
+    # resnets stand around the attentions: 0, then attention and resnet in turn
+    resnets, attentions = sorted(middle.get("resnets", ())), sorted(middle.get("attentions", ()))
+    in_order = [("resnets", number) for number in resnets[:1]]
+    for place in range(max(len(resnets) - 1, len(attentions))):
+        in_order += [("attentions", number) for number in attentions[place : place + 1]]
+        in_order += [("resnets", number) for number in resnets[place + 1 : place + 2]]
+    for child, (kind, number) in enumerate(in_order):
+        yield f"mid_block.{kind}.{number}", f"middle_block.{child}"
+
+
+def _ldm_levels(
+    diffusers: str, ldm: str, levels: dict[int, dict[str, set[int]]], first: int
+) -> Iterator[tuple[str, str]]:
+    """Numbers the layers of all levels through. On the way down a resampler is a block of its own, on the way up it is
+    the last child of the last one."""
+    number = first
+    for level in sorted(levels):
+        kinds = levels[level]
+        layers = 1 + max((*kinds.get("resnets", ()), *kinds.get("attentions", ())), default=-1)
+        for kind, child in (("resnets", 0), ("attentions", 1)):
+            for layer in kinds.get(kind, ()):
+                yield f"{diffusers}.{level}.{kind}.{layer}", f"{ldm}.{number + layer}.{child}"
+        number += layers
+        if "downsamplers" in kinds:
+            yield f"{diffusers}.{level}.downsamplers.0", f"{ldm}.{number}.0"
+            number += 1
+        if "upsamplers" in kinds:
+            yield f"{diffusers}.{level}.upsamplers.0", f"{ldm}.{number - 1}.{2 if 'attentions' in kinds else 1}"
