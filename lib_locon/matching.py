@@ -180,15 +180,15 @@ def _stacked(layer: Layer, views: tuple[View, ...], shapes: list[tuple[int, ...]
     """A fused adapter's rows, each part for the projection that the model holds by itself."""
     whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     layer.check(whole)
-    own = layer.family.split([shape[0] for shape in shapes]) if layer.plain else None
-    if own is not None:
-        yield from zip(views, (replace(layer, family=family) for family in own), strict=True)
-        return
-    if layer.needs_base:
-        raise Unusable(f"{layer.label} on a fused projection needs it whole, and the model holds it in parts")
     start = 0
     for view, shape in zip(views, shapes, strict=True):
-        yield view, RowsLayer.of(layer, whole, start, shape[0])
+        if layer.needs_base:
+            family = layer.family.rows(start, shape[0]) if layer.plain else None
+            if family is None:
+                raise Unusable(f"{layer.label} on a fused projection needs it whole, and the model holds it in parts")
+            yield view, replace(layer, family=family)
+        else:
+            yield view, RowsLayer.of(layer, whole, start, shape[0])
         start += shape[0]
 
 

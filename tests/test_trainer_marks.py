@@ -1,252 +1,403 @@
-"""Files whose metadata decides what their tensors leave open. Expected values are the trainers' own formulas."""
+"""Marks that trainers leave in a file: kohya's split projections, LyCORIS' rs_lora, OneTrainer's and kohya's rotations.
+
+Expected values are the trainers' own formulas, written out part by part or number by number.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from lycoris.modules.glora import GLoRAModule
-from lycoris.modules.lokr import LokrModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import lib_locon
 from lib_locon.files.adapter import read_adapter
 from lib_locon.report import AdapterReport
+from lib_locon.session import Session, Use
+from tests.oracles import naive
+from tests.oracles.model_tables import network
 
-WIDTH, RANK, ALPHA = 8, 2, 1.0
-QKV = "double_blocks.0.img_attn.qkv"
-LINEAR1 = "single_blocks.0.linear1"
-MLP = "double_blocks.0.img_mlp.0"
-NETWORK = {"ss_network_module": "networks.lora_flux", "ss_network_dim": str(RANK)}
+W = 8
+"""The width of the transformers below."""
+ROOT = "model.diffusion_model."
+QKV, SINGLE = "double_blocks.0.img_attn.qkv", "single_blocks.0.linear1"
+FUSED = {QKV: (3 * W, W), SINGLE: (7 * W, W), "double_blocks.0.img_attn.proj": (W, W)}
+SPLIT = {
+    **{f"transformer_blocks.0.attn.{name}": (W, W) for name in ("to_q", "to_k", "to_v", "add_q_proj")},
+    **{f"single_transformer_blocks.0.attn.{name}": (W, W) for name in ("to_q", "to_k", "to_v")},
+    "single_transformer_blocks.0.proj_mlp": (4 * W, W),
+}
 
 
-def rand(*shape: int, seed: int = 1, scale: float = 0.3) -> Tensor:
+def rand(*shape: int, seed: int = 1, scale: float = 0.1) -> Tensor:
     return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def model(**shapes: tuple[int, ...]) -> nn.Module:
-    """Modules of these dotted names (`__` for a dot) with a weight each."""
-    root = nn.Module()
-    for number, (name, shape) in enumerate(shapes.items()):
-        place = root
-        *levels, last = name.split("__")
-        for level in levels:
-            if level not in place._modules:
-                place.add_module(level, nn.Module())
-            place = place._modules[level]  # type: ignore[assignment]
-        made = nn.Linear(shape[1], shape[0]) if len(shape) == 2 else nn.Conv2d(shape[1], shape[0], shape[2])
-        made.weight.data = rand(*shape, seed=100 + number, scale=1.0)
-        place.add_module(last, made)
-    return root
+def model_of(weights: Mapping[str, tuple[int, ...]], root: str = ROOT) -> nn.Module:
+    return network({f"{root}{name}.weight": shape for name, shape in weights.items()})
 
 
-def flux() -> nn.Module:
-    return model(
-        double_blocks__0__img_attn__qkv=(3 * WIDTH, WIDTH),
-        double_blocks__0__img_mlp__0=(4 * WIDTH, WIDTH),
-        single_blocks__0__linear1=(7 * WIDTH, WIDTH),
-    )
+class Applied:
+    """A file on a model: its report, and what it changed each weight by."""
+
+    def __init__(
+        self, model: nn.Module, path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+    ) -> None:
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+        session = Session(model)
+        self.report: AdapterReport = session.apply([Use(read_adapter(path))]).adapters[0]
+        self.changes = {name: parameter - before[name] for name, parameter in model.named_parameters()}
+        session.restore()
+        whole, header = (
+            [
+                [(layer.scale, layer.alpha, layer.note, layer.label, layer.family.rank) for layer in module.layers]
+                for module in read_adapter(path, header_only=only).modules
+            ]
+            for only in (False, True)
+        )
+        assert whole == header  # a card says what the run does
+
+    def of(self, name: str) -> Tensor:
+        return next(change for path, change in self.changes.items() if path.endswith(f"{name}.weight"))
 
 
-def changed(
-    path: Path, net: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> tuple[dict[str, Tensor], AdapterReport]:
-    """Weight's path → its change, and the adapter's report."""
-    before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-    report = lib_locon.Session(net).apply([lib_locon.Use(lib_locon.load(path))]).adapters[0]
-    return {name: weight.detach() - before[name] for name, weight in net.named_parameters()}, report
+def close(got: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "adapter.safetensors"
 
 
 # ---- kohya's split_qkv
 
 
-def in_parts(name: str, rows: list[int], rank: int = RANK) -> tuple[dict[str, Tensor], Tensor]:
-    """A module's tensors as the trainer joins them, and its ΔW by the parts themselves: alpha / rank of a part."""
-    downs = [rand(rank, WIDTH, seed=i) for i in range(len(rows))]
-    ups = [rand(count, rank, seed=10 + i) for i, count in enumerate(rows)]
-    key = f"lora_unet_{name.replace('.', '_')}"
-    tensors = {
-        f"{key}.lora_down.weight": torch.cat(downs),
-        f"{key}.lora_up.weight": torch.block_diag(*ups),
-        f"{key}.alpha": torch.tensor(ALPHA),
+def kohya(alpha: str = "2.0", **arguments: object) -> dict[str, str]:
+    """The header of a Flux adapter of kohya."""
+    return {
+        "ss_network_module": "networks.lora_flux",
+        "ss_network_dim": "4",
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps(arguments),
     }
-    return tensors, torch.cat([up @ down for up, down in zip(ups, downs, strict=True)]) * (ALPHA / rank)
+
+
+def split_pair(parts: Sequence[int], rank: int, alpha: float) -> tuple[dict[str, Tensor], Tensor]:
+    """A fused module as the trainer saves it, and the change that it trained: each part's own, at alpha / rank."""
+    downs = [rand(rank, W, seed=10 + i) for i in range(len(parts))]
+    ups = [rand(rows, rank, seed=20 + i) for i, rows in enumerate(parts)]
+    tensors = {
+        "lora_down.weight": torch.cat(downs),
+        "lora_up.weight": torch.block_diag(*ups),
+        "alpha": torch.tensor(alpha),
+    }
+    return tensors, torch.cat([alpha / rank * up @ down for up, down in zip(ups, downs, strict=True)])
+
+
+def under(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+
+def flat(name: str, prefix: str = "lora_unet_") -> str:
+    return prefix + name.replace(".", "_")
 
 
 @pytest.mark.parametrize("spelling", ["True", "true", True, 1])
-def test_parts_of_a_fused_projection_have_the_strength_that_they_were_trained_with(
-    spelling: object, tmp_path: Path
-) -> None:
-    tensors, wanted = {}, {}
-    for name, rows in {QKV: [WIDTH] * 3, LINEAR1: [WIDTH, WIDTH, WIDTH, 4 * WIDTH], MLP: [4 * WIDTH]}.items():
-        made, wanted[f"{name}.weight"] = in_parts(name, rows)
-        tensors |= made
-    metadata = {**NETWORK, "ss_network_args": json.dumps({"split_qkv": spelling})}
-    found, report = changed(tmp_path / "a.safetensors", flux(), tensors, metadata)
-    for name, delta in wanted.items():
-        torch.testing.assert_close(found[name], delta, rtol=1e-4, atol=1e-5)
-    assert sum("split_qkv" in note for note in report.notes) == 1
-    # the header alone tells the same
-    scales = [layer.scale for each in (True, False) for module in read_adapter(
-        tmp_path / "a.safetensors", header_only=each).modules for layer in module.layers]  # fmt: skip
-    assert scales[:3] == scales[3:] == [0.5, 0.5, 0.5]
+def test_q_k_v_that_were_trained_apart_have_the_scale_of_one_part(path: Path, spelling: object) -> None:
+    qkv, trained_qkv = split_pair([W] * 3, 4, 2.0)
+    single, trained_single = split_pair([W, W, W, 4 * W], 4, 2.0)
+    plain = {"lora_down.weight": rand(4, W), "lora_up.weight": rand(W, 4), "alpha": torch.tensor(2.0)}
+    proj = "double_blocks.0.img_attn.proj"
+    tensors = {**under(flat(QKV), qkv), **under(flat(SINGLE), single), **under(flat(proj), plain)}
+    found = Applied(model_of(FUSED), path, tensors, kohya(split_qkv=spelling))
+    assert close(found.of(QKV), trained_qkv)
+    assert close(found.of(SINGLE), trained_single)
+    assert close(found.of(proj), 0.5 * plain["lora_up.weight"] @ plain["lora_down.weight"])
+    assert str(found.report).count("kohya's split_qkv") == 1
 
 
-def test_the_rank_of_a_part_may_be_an_argument_of_its_own(tmp_path: Path) -> None:
-    tensors, wanted = in_parts(QKV, [WIDTH] * 3, rank=1)
-    metadata = {**NETWORK, "ss_network_args": json.dumps({"split_qkv": "True", "img_attn_dim": "1"})}
-    found, _ = changed(tmp_path / "a.safetensors", flux(), tensors, metadata)
-    torch.testing.assert_close(found[f"{QKV}.weight"], wanted, rtol=1e-4, atol=1e-5)
+def test_the_rank_of_a_part_may_be_its_modules_own(path: Path) -> None:
+    qkv, trained = split_pair([W] * 3, 5, 2.0)
+    metadata = kohya(split_qkv="True", img_attn_dim="5")
+    assert close(Applied(model_of(FUSED), path, under(flat(QKV), qkv), metadata).of(QKV), trained)
+
+
+def test_alpha_zero_is_the_rank_of_a_part(path: Path) -> None:
+    qkv, trained = split_pair([W] * 3, 4, 4.0)
+    assert close(Applied(model_of(FUSED), path, under(flat(QKV), qkv), kohya("0", split_qkv="True")).of(QKV), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_rounded_alpha_is_still_the_trainers(path: Path, dtype: torch.dtype) -> None:
+    qkv, _ = split_pair([W] * 3, 4, 0.3)
+    stored = {suffix: tensor.to(dtype) for suffix, tensor in qkv.items()}
+    found = Applied(model_of(FUSED), path, under(flat(QKV), stored), kohya("0.3", split_qkv="True"))
+    whole = stored["lora_up.weight"].double() @ stored["lora_down.weight"].double()
+    assert close(found.of(QKV), float(stored["alpha"]) / 4 * whole)
+
+
+def test_sd3s_projections_are_split_too(path: Path) -> None:
+    name = "joint_blocks.0.x_block.attn.qkv"
+    qkv, trained = split_pair([W] * 3, 2, 3.0)
+    metadata = {**kohya("3.0", split_qkv="True"), "ss_network_module": "networks.lora_sd3"}
+    assert close(Applied(model_of({name: (3 * W, W)}), path, under(flat(name), qkv), metadata).of(name), trained)
+
+
+def test_a_model_that_holds_q_k_v_apart_gets_the_same_change(path: Path) -> None:
+    qkv, trained = split_pair([W] * 3, 4, 2.0)
+    found = Applied(model_of(SPLIT, ""), path, under(flat(QKV), qkv), kohya(split_qkv="True"))
+    for i, name in enumerate(("to_q", "to_k", "to_v")):
+        assert close(found.changes[f"transformer_blocks.0.attn.{name}.weight"], trained[i * W : (i + 1) * W])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "rank"),
-    [({}, "2"), ({"split_qkv": "False"}, "2"), ({"split_qkv": "True"}, "6"), ({"split_qkv": "True"}, "Dynamic")],
+    ("metadata", "mentioned"),
+    [
+        (kohya(split_qkv="False"), 0),
+        (kohya(), 0),
+        ({}, 0),
+        (kohya("12.0", split_qkv="True"), 1),  # made anew by a tool that wrote its own alpha and kept the metadata
+        (kohya("Dynamic", split_qkv="True"), 0),  # resized
+        ({"ss_network_args": "[" * 10000}, 0),
+        ({"ss_network_args": "[1]"}, 0),
+    ],
 )
-def test_other_files_keep_alpha_by_the_rank_that_is_stored(
-    arguments: dict[str, str], rank: str, tmp_path: Path
+def test_without_the_trainers_word_alpha_is_of_the_whole_rank(
+    path: Path, metadata: dict[str, str], mentioned: int
 ) -> None:
-    tensors, in_training = in_parts(QKV, [WIDTH] * 3)
-    metadata = {"ss_network_dim": rank, "ss_network_args": json.dumps(arguments)}
-    found, report = changed(tmp_path / "a.safetensors", flux(), tensors, metadata)
-    torch.testing.assert_close(found[f"{QKV}.weight"], in_training / 3, rtol=1e-4, atol=1e-5)
-    assert not report.notes
+    qkv, trained = split_pair([W] * 3, 4, 2.0)
+    found = Applied(model_of(FUSED), path, under(flat(QKV), qkv), metadata)
+    assert close(found.of(QKV), trained / 3)
+    assert str(found.report).count("split_qkv") == mentioned
 
 
-def test_factors_that_are_not_in_parts_are_read_by_their_rank_and_it_is_said(tmp_path: Path) -> None:
-    tensors, _ = in_parts(QKV, [WIDTH] * 3)
-    key = f"lora_unet_{QKV.replace('.', '_')}"
-    tensors[f"{key}.lora_up.weight"] = up = rand(3 * WIDTH, 3 * RANK, seed=5)
-    metadata = {**NETWORK, "ss_network_args": json.dumps({"split_qkv": "True"})}
-    found, report = changed(tmp_path / "a.safetensors", flux(), tensors, metadata)
-    expected = up @ tensors[f"{key}.lora_down.weight"] * (ALPHA / (3 * RANK))
-    torch.testing.assert_close(found[f"{QKV}.weight"], expected, rtol=1e-4, atol=1e-5)
-    assert "its factors have no parts" in " ".join(report.notes)
+@pytest.mark.parametrize("row", [0, W - 1, W, 2 * W - 1, 2 * W, 3 * W - 1])
+def test_a_pair_that_was_trained_on_as_one_keeps_alpha_over_its_rank(path: Path, row: int) -> None:
+    qkv, _ = split_pair([W] * 3, 4, 2.0)
+    column = (row // W * 4 + 4) % 12  # of the next part
+    qkv["lora_up.weight"][row, column] = 0.5
+    found = Applied(model_of(FUSED), path, under(flat(QKV), qkv), kohya(split_qkv="True"))
+    assert close(found.of(QKV), 2 / 12 * qkv["lora_up.weight"] @ qkv["lora_down.weight"])
+    assert "alpha / rank there" in str(found.report)
 
 
-# ---- kohya's OFT for Flux
+def test_a_rank_that_is_no_multiple_of_the_parts_is_no_split_one(path: Path) -> None:
+    tensors = {"lora_down.weight": rand(4, W), "lora_up.weight": rand(3 * W, 4), "alpha": torch.tensor(2.0)}
+    found = Applied(model_of(FUSED), path, under(flat(QKV), tensors), kohya(split_qkv="True"))
+    assert close(found.of(QKV), 0.5 * tensors["lora_up.weight"] @ tensors["lora_down.weight"])
 
 
-def rotated(weight: Tensor, blocks: Tensor, alpha: float) -> Tensor:
-    """Block by block: Rᵀ · W, R by Cayley's formula of Q, ‖Q‖ at most alpha · rows."""
-    q = blocks - blocks.transpose(1, 2)
-    limit, norm = alpha * len(weight), float(q.norm())
-    q = q * ((min(norm, limit) + 1e-8) / (norm + 1e-8))
-    size, rows = blocks.shape[1], []
-    for number, block in enumerate(q):
-        rotation = (torch.eye(size) + block) @ torch.linalg.inv(torch.eye(size) - block)
-        rows.append(rotation.T @ weight[number * size : (number + 1) * size])
-    return torch.cat(rows)
+# ---- LyCORIS' rs_lora
 
 
-@pytest.mark.parametrize("alpha", [1.0, 1e-2])
-def test_each_part_of_a_projection_has_a_rotation_of_its_own(alpha: float, tmp_path: Path) -> None:
-    net = flux()
-    weight = net.get_submodule(LINEAR1).weight.detach().clone()
-    rows = [WIDTH, WIDTH, WIDTH, 4 * WIDTH]
-    blocks = [rand(4, count // 4, count // 4, seed=i, scale=0.2) for i, count in enumerate(rows)]
-    tensors = {f"oft_unet_single_blocks_0_linear1.oft_blocks.{i}": part for i, part in enumerate(blocks)}
-    tensors["oft_unet_single_blocks_0_linear1.alpha"] = torch.tensor(alpha)
-    found, report = changed(tmp_path / "a.safetensors", net, tensors, {})
-    parts = [rotated(part, turn, alpha) for part, turn in zip(weight.split(rows), blocks, strict=True)]
-    torch.testing.assert_close(found[f"{LINEAR1}.weight"], torch.cat(parts) - weight, rtol=1e-4, atol=1e-5)
-    assert report.families == {"OFT": 1}
+def lycoris(alpha: float = 3.0, module: str = "lycoris.kohya", **arguments: str) -> dict[str, str]:
+    return {
+        "ss_network_module": module,
+        "ss_network_dim": "4",
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": json.dumps({"rs_lora": "True", **arguments}),
+    }
 
 
-def test_parts_meet_the_projections_of_a_model_that_holds_them_apart(tmp_path: Path) -> None:
-    net = model(
-        transformer_blocks__0__attn__to_q=(WIDTH, WIDTH),
-        transformer_blocks__0__attn__to_k=(WIDTH, WIDTH),
-        transformer_blocks__0__attn__to_v=(WIDTH, WIDTH),
-        transformer_blocks__0__attn__add_q_proj=(WIDTH, WIDTH),
-        single_transformer_blocks__0__proj_out=(WIDTH, WIDTH),
+LINEAR = "input_blocks.1.1.proj_in"
+
+
+def linear(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Applied:
+    return Applied(model_of({LINEAR: (6, W)}), path, under(flat(LINEAR), tensors), metadata)
+
+
+def test_rs_loras_glora_is_divided_by_the_root_of_its_rank(path: Path) -> None:
+    tensors = {"a1.weight": rand(W, 4), "a2.weight": rand(4, W, seed=2), "b1.weight": rand(6, 4, seed=3),
+               "b2.weight": rand(4, W, seed=4)}  # fmt: skip
+    model = model_of({LINEAR: (6, W)})
+    base = model.get_parameter(f"{ROOT}{LINEAR}.weight").clone()
+    full = base @ tensors["a1.weight"] @ tensors["a2.weight"] + tensors["b1.weight"] @ tensors["b2.weight"]
+    stored = under(flat(LINEAR), {**tensors, "alpha": torch.tensor(3.0)})
+    found = Applied(model, path, stored, lycoris(algo="glora"))
+    assert close(found.of(LINEAR), 3 / 2 * full)
+    assert "rs_lora" in str(found.report)
+    for other in (lycoris(algo="glora", rs_lora="False"), lycoris(module="networks.lora"), {}):
+        found = Applied(model, path, stored, other)
+        assert close(found.of(LINEAR), 3 / 4 * full) and "rs_lora" not in str(found.report)
+
+
+@pytest.mark.parametrize(
+    ("stored", "metadata", "scale"),
+    [
+        (6.0, lycoris(), 1.5),  # alpha · √rank is stored: alpha / rank is right
+        (3.0, lycoris(), 1.5),  # alpha itself is stored, as before July 2024
+        (5.0, lycoris(conv_alpha="5"), 2.5),
+        (6.0, lycoris(conv_alpha="6"), 1.5),  # either could be meant: the rule that every loader knows
+        (3.0, lycoris(algo="dylora"), 0.75),
+        (7.0, lycoris(), 1.75),  # nobody's: a tool has changed it
+    ],
+)
+def test_rs_lora_of_low_rank_products(path: Path, stored: float, metadata: dict[str, str], scale: float) -> None:
+    tensors = {"lora_up.weight": rand(6, 4), "lora_down.weight": rand(4, W, seed=2), "alpha": torch.tensor(stored)}
+    found = linear(path, tensors, metadata)
+    assert close(found.of(LINEAR), scale * tensors["lora_up.weight"] @ tensors["lora_down.weight"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "metadata", "scale"),
+    [(8.0, lycoris(), 2.0), (4.0, lycoris(), 2.0), (9.0, lycoris(), 1.0), (8.0, lycoris(rs_lora="false"), 1.0)],
+)
+def test_rs_loras_lokr_of_two_whole_halves_has_the_root_of_its_dim(
+    path: Path, stored: float, metadata: dict[str, str], scale: float
+) -> None:
+    w1, w2 = rand(2, 2, scale=0.5), rand(3, 4, seed=2, scale=0.5)
+    found = linear(path, {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(stored)}, metadata)
+    assert close(found.of(LINEAR), scale * torch.kron(w1, w2))
+
+
+# ---- OneTrainer's rotations
+
+CONV, BLOCK = "input_blocks.1.0.in_layers.2", 4
+NAMES = {
+    "legacy": "lora_unet_down_blocks_0_resnets_0_conv1",
+    "kohya": flat(CONV),
+    "diffusers": "unet.down_blocks.0.resnets.0.conv1",
+    "comfy": f"diffusion_model.{CONV}",
+    "original": CONV,
+}
+HEADER = {"ot_branch": "master", "ot_revision": "23df383"}
+
+
+def turned(weight: Tensor, packed: Tensor, scaled: bool, by_trainer: bool) -> Tensor:
+    """W·R − W of each block of inputs, number by number (`by_trainer`), or PEFT's W·Rᵀ − W."""
+    rows = weight.reshape(len(weight), -1).double()
+    out = torch.zeros_like(rows)
+    for k in range(rows.shape[1] // BLOCK):
+        values = packed[min(k, len(packed) - 1)].double() / (2 * (BLOCK - 1) ** 0.5 if scaled else 1)
+        q = torch.zeros(BLOCK, BLOCK, dtype=torch.float64)
+        order = [(i, j) for i in range(BLOCK) for j in range(i + 1, BLOCK)]
+        for (i, j), value in zip(order, values, strict=True):
+            q[i, j], q[j, i] = value, -value
+        rotation = torch.eye(BLOCK, dtype=torch.float64) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
+        columns = slice(k * BLOCK, (k + 1) * BLOCK)
+        out[:, columns] = rows[:, columns] @ (rotation if by_trainer else rotation.T)
+    return (out - rows).reshape(weight.shape)
+
+
+@pytest.fixture(scope="module")
+def convolution() -> nn.Module:
+    # the names of a whole UNet's first blocks, which is what aliases are made from
+    return model_of(
+        {CONV: (W, W, 3, 3), "input_blocks.0.0": (W, 4, 3, 3), "input_blocks.2.0.in_layers.2": (W, W, 3, 3)}
     )
-    blocks = [rand(2, WIDTH // 2, WIDTH // 2, seed=i) for i in range(3)]
-    tensors = {f"oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.{i}": part for i, part in enumerate(blocks)}
-    before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
-    found, _ = changed(tmp_path / "a.safetensors", net, tensors, {})
-    for name, part in zip(("to_q", "to_k", "to_v"), blocks, strict=True):
-        path = f"transformer_blocks.0.attn.{name}.weight"
-        expected = rotated(before[path], part, 1e9) - before[path]
-        torch.testing.assert_close(found[path], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_list_of_rotations_with_a_gap_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    tensors = {f"oft_unet_{QKV.replace('.', '_')}.oft_blocks.{i}": rand(2, 4, 4, seed=i) for i in (0, 2)}
-    tensors |= in_parts(MLP, [4 * WIDTH])[0]
-    _, report = changed(tmp_path / "a.safetensors", flux(), tensors, {})
-    assert "a part of its list of rotations is missing" in str(report)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("names", NAMES)
+def test_a_convolution_of_onetrainer_turns_its_way_under_all_names(
+    path: Path, convolution: nn.Module, names: str, scaled: bool, shared: bool
+) -> None:
+    weight = convolution.get_parameter(f"{ROOT}{CONV}.weight").clone()
+    packed = rand(1 if shared else 9 * W // BLOCK, BLOCK * (BLOCK - 1) // 2, scale=0.3)
+    tensors = {"oft_R.weight": packed, **({"oft_R.scaled_oft": torch.tensor(True)} if scaled else {})}
+    found = Applied(convolution, path, under(NAMES[names], tensors), HEADER)
+    expected = turned(weight, packed, scaled, by_trainer=True)
+    assert close(found.of(CONV), expected)
+    assert not close(expected, turned(weight, packed, scaled, by_trainer=False))
 
 
-# ---- OneTrainer's OFT
+def test_the_marker_of_scaled_oft_is_onetrainers_word_without_metadata(path: Path, convolution: nn.Module) -> None:
+    weight = convolution.get_parameter(f"{ROOT}{CONV}.weight").clone()
+    packed = rand(9 * W // BLOCK, BLOCK * (BLOCK - 1) // 2, scale=0.3)
+    marked = {"oft_R.weight": packed, "oft_R.scaled_oft": torch.tensor(True)}
+    found = Applied(convolution, path, under(NAMES["diffusers"], marked))
+    assert close(found.of(CONV), turned(weight, packed, True, by_trainer=True))
 
 
-def one_trainer(weight: Tensor, packed: Tensor, size: int, *, scaled: bool) -> Tensor:
-    """By its module's forward: a convolution's kernel is W·R, a linear layer's input is turned, which is W·Rᵀ."""
-    rows, columns = torch.triu_indices(size, size, 1)
-    q = torch.zeros(len(packed), size, size)
-    q[:, rows, columns] = packed / (2 * (size - 1) ** 0.5) if scaled else packed
-    q = q - q.transpose(1, 2)
-    turn = torch.eye(size) + 2 * q + 2 * q @ q + 2 * q @ q @ q + q @ q @ q @ q
-    blocks = weight.reshape(len(weight), -1, size)
-    turned = [
-        block @ (each if weight.ndim == 4 else each.T) for block, each in zip(blocks.unbind(1), turn, strict=True)
-    ]
-    return torch.stack(turned, 1).reshape(weight.shape)
+@pytest.mark.parametrize(("names", "by_trainer"), [("legacy", True), ("diffusers", False), ("comfy", False)])
+def test_without_a_mark_the_names_decide(path: Path, convolution: nn.Module, names: str, by_trainer: bool) -> None:
+    weight = convolution.get_parameter(f"{ROOT}{CONV}.weight").clone()
+    packed = rand(9 * W // BLOCK, BLOCK * (BLOCK - 1) // 2, scale=0.3)
+    found = Applied(convolution, path, under(NAMES[names], {"oft_R.weight": packed}))
+    assert close(found.of(CONV), turned(weight, packed, False, by_trainer))
 
 
-@pytest.mark.parametrize("mark", ["metadata", "marker", "none"])
-@pytest.mark.parametrize("form", ["lora_unet_{}", "unet.{}", "diffusion_model.{}", "{}"])
-def test_a_convolution_turns_as_its_trainer_turned_it_under_every_name(form: str, mark: str, tmp_path: Path) -> None:
-    net = model(conv=(6, 4, 3, 3), linear=(6, 12))
-    weights = {name: module.weight.detach().clone() for name, module in net.named_children()}
-    tensors, wanted = {}, {}
-    for name, weight in weights.items():
-        packed = rand(weight[0].numel() // 4, 6, seed=len(name))
-        tensors[f"{form.format(name)}.oft_R.weight"] = packed
-        if mark == "marker":
-            tensors[f"{form.format(name)}.oft_R.scaled_oft"] = torch.tensor(1.0)
-        # without any mark, dotted names are PEFT's: its convolutions turn as linear layers do
-        peft = mark == "none" and not form.startswith("lora_unet_")
-        flat = weight.flatten(1) if peft else weight
-        wanted[name] = one_trainer(flat, packed, 4, scaled=mark == "marker").reshape(weight.shape)
-    metadata = {"ot_branch": "master", "ot_revision": "23df383"} if mark == "metadata" else {}
-    found, _ = changed(tmp_path / "a.safetensors", net, tensors, metadata)
-    for name, weight in weights.items():
-        torch.testing.assert_close(found[f"{name}.weight"], wanted[name] - weight, rtol=1e-4, atol=1e-5)
+def test_one_rotation_of_the_inputs_turns_q_k_v_that_are_held_apart(path: Path) -> None:
+    model = model_of(SPLIT, "")
+    base = torch.cat([model.get_parameter(f"transformer_blocks.0.attn.{n}.weight") for n in ("to_q", "to_k", "to_v")])
+    packed = rand(W // BLOCK, BLOCK * (BLOCK - 1) // 2, scale=0.3)
+    found = Applied(model, path, under(f"diffusion_model.{QKV}", {"oft_R.weight": packed}), HEADER)
+    expected = naive.peft_oft({"oft_R.weight": packed}, base)
+    got = torch.cat([found.changes[f"transformer_blocks.0.attn.{n}.weight"] for n in ("to_q", "to_k", "to_v")])
+    assert close(got, expected) and found.report.used == 1
 
 
-# ---- rank-stabilised scales that stand in the metadata alone
+# ---- kohya's rotations of Flux, part by part
 
 
-@pytest.mark.parametrize("on", [True, False])
-def test_glora_has_the_scale_that_lycoris_trained_with(on: bool, tmp_path: Path) -> None:
-    net = model(linear=(6, 12))
-    trained = GLoRAModule("x", net.linear, lora_dim=4, alpha=2, rs_lora=on)
-    for number, parameter in enumerate(trained.parameters()):
-        parameter.data = rand(*parameter.shape, seed=number)
-    tensors = {f"lora_unet_linear.{key}": tensor for key, tensor in trained.state_dict().items()}
-    expected = trained.get_diff_weight(1.0)[0].detach()
-    metadata = {"ss_network_args": json.dumps({"algo": "glora", "rs_lora": str(on)})}
-    found, report = changed(tmp_path / "a.safetensors", model(linear=(6, 12)), tensors, metadata)
-    torch.testing.assert_close(found["linear.weight"], expected.reshape(6, 12), rtol=1e-4, atol=1e-5)
-    assert any("rs_lora" in note for note in report.notes) == on
+def split_rotation(parts: Sequence[int], alpha: float, blocks: int = 2) -> dict[str, Tensor]:
+    made = {f"oft_blocks.{i}": rand(blocks, rows // blocks, rows // blocks, seed=30 + i, scale=0.4)
+            for i, rows in enumerate(parts)}  # fmt: skip
+    return {**made, "alpha": torch.tensor(alpha)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dim", [16, 10000])
-def test_a_whole_lokr_has_the_scale_that_lycoris_trained_with(dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    net = model(linear=(6, 12))
-    trained = LokrModule("x", net.linear, lora_dim=dim, alpha=1, factor=2, rs_lora=True, full_matrix=True)
-    for number, parameter in enumerate(trained.parameters()):
-        parameter.data = rand(*parameter.shape, seed=number, scale=0.01).to(dtype).float()
-    tensors = {f"lora_unet_linear.{key}": tensor.to(dtype) for key, tensor in trained.state_dict().items()}
-    expected = trained.get_weight((6, 12)).detach()
-    metadata = {"ss_network_dim": str(dim), "ss_network_args": json.dumps({"algo": "lokr", "rs_lora": "True"})}
-    found, report = changed(tmp_path / "a.safetensors", model(linear=(6, 12)), tensors, metadata)
-    torch.testing.assert_close(found["linear.weight"], expected.reshape(6, 12), rtol=1e-3, atol=1e-5)
-    assert any("rs_lora" in note for note in report.notes)
+def part_by_part(tensors: Mapping[str, Tensor], weight: Tensor, parts: Sequence[int]) -> Tensor:
+    """Each part is kohya's OFT of its own rows: its own blocks, and a limit of alpha · these rows."""
+    changes, start = [], 0
+    for i, rows in enumerate(parts):
+        own = {"oft_blocks": tensors[f"oft_blocks.{i}"], "alpha": tensors["alpha"]}
+        changes.append(naive.oft(own, weight[start : start + rows], {"kohya": True}))
+        start += rows
+    return torch.cat(changes)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.02, 100.0])  # nothing turns; parts limited; free
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [(QKV, [W] * 3), (SINGLE, [W, W, W, 4 * W]), ("double_blocks.0.img_attn.proj", [W])],
+)
+def test_kohyas_flux_oft_turns_each_part_by_itself(path: Path, name: str, parts: list[int], alpha: float) -> None:
+    model, tensors = model_of(FUSED), split_rotation(parts, alpha)
+    weight = model.get_parameter(f"{ROOT}{name}.weight").clone()
+    found = Applied(model, path, under(flat(name, "oft_unet_"), tensors))
+    assert found.report.families == {"OFT": 1} and found.report.unmatched == ()
+    assert close(found.of(name), part_by_part(tensors, weight, parts))
+
+
+def test_its_parts_turn_q_k_v_and_the_mlp_of_a_model_that_holds_them_apart(path: Path) -> None:
+    model, parts = model_of(SPLIT, ""), [W, W, W, 4 * W]
+    stem = "single_transformer_blocks.0."
+    held = [f"{stem}attn.to_q.weight", f"{stem}attn.to_k.weight", f"{stem}attn.to_v.weight", f"{stem}proj_mlp.weight"]
+    tensors = split_rotation(parts, 0.02)
+    expected = part_by_part(tensors, torch.cat([model.get_parameter(name) for name in held]), parts)
+    found = Applied(model, path, under(flat(SINGLE, "oft_unet_"), tensors))
+    assert found.report.unmatched == ()
+    assert close(torch.cat([found.changes[name] for name in held]), expected)
+
+
+def test_one_rotation_of_all_rows_is_refused_where_q_k_v_are_apart(path: Path) -> None:
+    tensors = {"oft_blocks": rand(2, 12, 12), "alpha": torch.tensor(0.1)}
+    tensors = {
+        **under(flat(QKV, "oft_unet_"), tensors),
+        **under("transformer_blocks.0.attn.to_q", {"diff": rand(W, W)}),
+    }
+    report = Applied(model_of(SPLIT, ""), path, tensors).report
+    assert report.used == 1 and "needs it whole" in report.unmatched[0].reason
+
+
+@pytest.mark.parametrize("lost", ["oft_blocks.0", "oft_blocks.1", "oft_blocks.2"])
+def test_a_part_that_is_missing_spoils_its_module_only(path: Path, lost: str) -> None:
+    tensors = split_rotation([W] * 3, 1.0)
+    del tensors[lost]
+    proj = split_rotation([W], 1.0)
+    name = flat("double_blocks.0.img_attn.proj", "oft_unet_")
+    found = Applied(model_of(FUSED), path, {**under(flat(QKV, "oft_unet_"), tensors), **under(name, proj)})
+    assert found.report.used == 1 and not found.of(QKV).any()
+    assert all(flat(QKV, "oft_unet_") in item.key for item in found.report.unmatched)
+    why = {
+        "oft_blocks.0": "oft_blocks.0 missing",
+        "oft_blocks.1": "not all of the parts before it",
+        "oft_blocks.2": "wrong shape",
+    }
+    assert all(why[lost] in item.reason for item in found.report.unmatched) and found.report.unmatched

@@ -14,7 +14,7 @@ from lib_locon.families.ia3 import IA3, PeftIA3
 from lib_locon.families.loha import LoHa, TuckerLoHa
 from lib_locon.families.lokr import LoKr, TuckerLoKr
 from lib_locon.families.lora import EmbeddingLoRA, LoRA, SparseLoRA, TuckerLoRA
-from lib_locon.families.oft import DiagOFT, KohyaOFT, OldDiagOFT, SplitKohyaOFT
+from lib_locon.families.oft import DiagOFT, KohyaOFT, OldDiagOFT, SplitOFT
 from lib_locon.families.oftv2 import OneTrainerOFT, PeftOFT
 from lib_locon.families.tlora import TLoRA
 
@@ -22,7 +22,7 @@ FAMILIES: tuple[type[Family], ...] = (
     *(TuckerLoRA, SparseLoRA, LoRA, EmbeddingLoRA),
     *(TuckerLoHa, LoHa, TuckerLoKr, LoKr),
     *(IA3, PeftIA3, GLoRA, OldGLoRA),
-    *(DiagOFT, BOFT, KohyaOFT, SplitKohyaOFT, OldDiagOFT, PeftOFT, OneTrainerOFT, PeftBOFT),
+    *(DiagOFT, BOFT, KohyaOFT, SplitOFT, OldDiagOFT, PeftOFT, OneTrainerOFT, PeftBOFT),
     *(TLoRA, SetWeight, Full, FullBias, NormWeight, NormBias, LoRABias),
 )
 """In the order of detection: where one family's suffixes hold another's, the larger stands first. Where two have the

@@ -155,12 +155,12 @@ class Family:
         del rank
         return self
 
-    def split(self, rows: Sequence[int]) -> list[Family] | None:
-        """The same change as one family for each of these row blocks; None where it cannot be told apart so.
+    def rows(self: F, start: int, length: int) -> F | None:
+        """The change of some rows as an adapter of a weight that has only these; None where it is not one by itself.
 
-        Families that do not read the base have no need of it: their rows are cut out of ΔW.
+        For families that need the base: of the others' ΔW, rows can be taken.
         """
-        del rows
+        del start, length
         return None
 
     def bound(self, peaks: Mapping[str, float]) -> float:

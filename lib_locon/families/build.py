@@ -15,15 +15,8 @@ from lib_locon.families import ALPHA, FAMILIES, MAGNITUDES, UNSUPPORTED
 from lib_locon.families.base import Family
 from lib_locon.families.dora import DoRALayer, magnitude_side
 from lib_locon.families.full import LoRABias
-from lib_locon.families.glora import GLoRA
 from lib_locon.families.layer import Layer
-from lib_locon.families.lokr import LoKr, TuckerLoKr
-from lib_locon.families.lora import EmbeddingLoRA, LoRA
-
-SPLIT_NOTE = (
-    "q, k and v were trained in parts (split_qkv) and act as trained: 3 or 4 times as strong as in programs that "
-    "divide alpha by the rank of all parts"
-)
+from lib_locon.families.lora import EmbeddingLoRA
 
 
 @dataclass(frozen=True)
@@ -49,11 +42,11 @@ class Hints:
     reshape: tuple[int, ...] = ()
     """The shape that the weight must be enlarged to before its change is added."""
     parts: int = 1
-    """How many row blocks were trained apart, with alpha / (rank / parts) each, and stored side by side."""
-    rank_stabilised: bool = False
-    """Trained at alpha / √rank. Most families store an alpha that makes alpha / rank the same number."""
-    kronecker_scale: float | None = None
-    """The scale of a Kronecker product of two whole halves, where it is not 1."""
+    """How many pairs the factors are, put together as one; `alpha` is that of each, with its part of the rank."""
+    root_of_rank: bool = False
+    """Whether the scale is alpha / √rank (rank-stabilised) and not alpha / rank."""
+    note: str = ""
+    """What the user should know of where the scale is from."""
 
 
 def build_layers(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[list[Layer], list[Unread]]:
@@ -115,23 +108,8 @@ def _layer(family: Family, before: list[Layer], hints: Hints) -> Layer:
         beside = [layer.scale for layer in before if layer.parameter == "weight"]
         return Layer(family, hints.alpha, beside[0] if beside else 1.0)
     reshape = hints.reshape if family.parameter == "weight" else ()
-    factor, note = _trained_scale(family, hints) if family.scaled else (1.0, "")
-    return Layer(family, hints.alpha, factor, note, reshape=reshape)
-
-
-def _trained_scale(family: Family, hints: Hints) -> tuple[float, str]:
-    """The scale that a scaled family was trained with, and a note where other loaders take another one."""
-    plain = scale(hints, family.rank)
-    if hints.alpha is None or hints.scale is not None:
-        return plain, ""
-    if family.rank is not None and hints.alpha and hints.parts > 1 and isinstance(family, LoRA):
-        return plain * hints.parts, SPLIT_NOTE
-    if hints.rank_stabilised and isinstance(family, GLoRA) and family.rank and hints.alpha:
-        return hints.alpha / math.sqrt(family.rank), "rank-stabilised (rs_lora in its metadata): scale alpha / √rank"
-    if hints.kronecker_scale is not None and isinstance(family, (LoKr, TuckerLoKr)) and family.rank is None:
-        note = f"rank-stabilised (rs_lora in its metadata): scale {hints.kronecker_scale:.4g}, where others take 1"
-        return hints.kronecker_scale, note
-    return plain, ""
+    factor = scale(hints, family.rank) if family.scaled else 1.0
+    return Layer(family, hints.alpha, factor, hints.note if family.scaled else "", reshape=reshape)
 
 
 def scale(hints: Hints, rank: int | None) -> float:
@@ -143,7 +121,7 @@ def scale(hints: Hints, rank: int | None) -> float:
         return hints.scale
     if rank is None or not hints.alpha:
         return 1.0
-    return hints.alpha / rank
+    return hints.alpha / (math.sqrt(rank) if hints.root_of_rank else rank / hints.parts)
 
 
 def _wrap(layers: list[Layer], suffix: str, magnitude: Tensor, hints: Hints) -> list[Unread]:
@@ -152,6 +130,7 @@ def _wrap(layers: list[Layer], suffix: str, magnitude: Tensor, hints: Hints) -> 
         if layer.parameter == "weight" and type(layer) is Layer:
             side, note = _magnitude_side(layer, suffix, magnitude, hints)
             plain = {field.name: getattr(layer, field.name) for field in fields(Layer)}
+            note = "; ".join(filter(None, (layer.note, note)))
             layers[i] = DoRALayer(**{**plain, "note": note}, magnitude=magnitude, on_output=side)
             return []
     return [Unread(suffix, "a DoRA magnitude without factors")]

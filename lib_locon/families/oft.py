@@ -6,7 +6,7 @@ far the rotation may go (the norm of Q over all blocks).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,8 @@ def constrained(q: Tensor, alpha: Tensor | None, out: int) -> Tensor:
     return q
 
 
-def always_limited(q: Tensor, alpha: Tensor | None, out: int) -> Tensor:
-    """kohya: Q shrunk to the norm alpha · out where it is longer, at alpha 0 too; as it is where alpha is missing."""
+def limited(q: Tensor, alpha: Tensor | None, out: int) -> Tensor:
+    """kohya: Q shrunk to the norm alpha · out where it is longer, also to none at all; no limit without an alpha."""
     if alpha is None:
         return q
     norm: Tensor = torch.linalg.vector_norm(q)
@@ -104,14 +104,14 @@ class KohyaOFT(DiagOFT):
     blocks: Tensor = factor("kohya_oft_blocks", "k b b")
 
     def rotate(self, rows: Tensor) -> Tensor:
-        return rotate_blocks(cayley(always_limited(skew(self.blocks), self.alpha, rows.shape[0])), rows)
+        return rotate_blocks(cayley(limited(skew(self.blocks), self.alpha, rows.shape[0])), rows)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SplitKohyaOFT(OutputRotation):
-    """kohya's OFT for Flux: a list of rotations, one for each part of the rows (q, k, v and mlp), or one for all.
+class SplitOFT(OutputRotation):
+    """kohya's OFT for Flux, whose fused projections are turned part by part: q, k, v and, in `linear1`, the MLP.
 
-    The limit of a part is alpha · its own rows, over all its blocks (`networks/oft_flux.py`).
+    Each part has its own blocks and its own limit, alpha · its rows. A layer that is not fused is one part.
     """
 
     name = "OFT"
@@ -121,37 +121,42 @@ class SplitKohyaOFT(OutputRotation):
     fourth: Tensor | None = factor("oft_blocks.3", "k b3 b3", optional=True)
     alpha: Tensor | None = factor("alpha", "", optional=True)
 
+    def parts(self) -> list[Tensor]:
+        """The blocks of each part, (k, b, b), in the order of their rows."""
+        return [part for part in (self.first, self.second, self.third, self.fourth) if part is not None]
+
     def shape(self) -> tuple[int | None, int | None]:
         self.sizes()
-        if any(blocks.ndim != 3 for blocks in self.parts()):
-            raise ShapeError("OFT blocks have three axes, not the shapes of this file's")
-        return sum(map(_rows, self.parts())), None
-
-    def parts(self) -> list[Tensor]:
-        """The blocks of each part, (k, b, b), in the order of the rows. Raises ShapeError where one is missing."""
-        listed = [self.first, self.second, self.third, self.fourth]
-        found = [blocks for blocks in listed if blocks is not None]
-        if any(blocks is None for blocks in listed[: len(found)]):
-            raise ShapeError("a part of its list of rotations is missing")
-        return found
-
-    def split(self, rows: Sequence[int]) -> list[Family] | None:
         parts = self.parts()
-        if [_rows(blocks) for blocks in parts] != list(rows):
-            return None
-        return [SplitKohyaOFT(first=blocks, alpha=self.alpha) for blocks in parts]
+        suffixes = [suffix for suffix in self.tensors() if suffix.startswith("oft_blocks.")]
+        if suffixes[-1] != f"oft_blocks.{len(parts) - 1}":  # what follows the gap would turn the wrong rows
+            raise ShapeError(f"{suffixes[-1]} is there, and not all of the parts before it")
+        for suffix, part in zip(suffixes, parts, strict=True):
+            if part.ndim != 3:
+                raise ShapeError(f"{suffix} has three axes in such files, not the shape {tuple(part.shape)}")
+        return sum(part.shape[0] * part.shape[1] for part in parts), None
 
     def rotate(self, rows: Tensor) -> Tensor:
-        turned, start = [], 0
-        for blocks in self.parts():
-            part = rows[start : start + _rows(blocks)]
-            turned.append(rotate_blocks(cayley(always_limited(skew(blocks), self.alpha, len(part))), part))
-            start += len(part)
+        turned: list[Tensor] = []
+        for part, start, end in self._places():
+            piece = rows[start:end]
+            turned.append(rotate_blocks(cayley(limited(skew(part), self.alpha, len(piece))), piece))
         return torch.cat(turned)
 
+    def rows(self, start: int, length: int) -> SplitOFT | None:
+        inside = [part for part, begin, end in self._places() if start <= begin and end <= start + length]
+        if sum(part.shape[0] * part.shape[1] for part in inside) != length:
+            return None  # the limit of a part is for all of its rows
+        rescale = None if self.rescale is None else self.rescale[start : start + length]
+        fields = dict(zip(("first", "second", "third", "fourth"), inside, strict=False))
+        return SplitOFT(**fields, alpha=self.alpha, rescale=rescale)
 
-def _rows(blocks: Tensor) -> int:
-    return blocks.shape[0] * blocks.shape[1]
+    def _places(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Each part with its first row and the row after its last."""
+        end = 0
+        for part in self.parts():
+            start, end = end, end + part.shape[0] * part.shape[1]
+            yield part, start, end
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -66,6 +66,10 @@ class PeftOFT(Family):
         eye = torch.eye(size, dtype=q.dtype, device=q.device)
         return eye + 2 * q + 2 * square + 2 * square @ q + square @ square
 
+    def rows(self, start: int, length: int) -> PeftOFT:
+        del start, length  # the inputs are turned: each row by itself, and all of them alike
+        return self
+
     def delta(self, base: Tensor) -> Tensor:
         rotations = self.rotations()
         blocks = base.reshape(base.shape[0], -1, rotations.shape[-1])

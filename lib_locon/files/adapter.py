@@ -22,7 +22,7 @@ from lib_locon.files.hints import dora_side, rank_of
 from lib_locon.files.peft_config import PeftConfig, read_config
 from lib_locon.files.pickled import TensorFile, open_adapter
 from lib_locon.files.reader import FileIdentity, SafetensorsFile, shown
-from lib_locon.files.trainer_marks import TrainerMarks, is_block_diagonal, part_rows
+from lib_locon.files.trainer_marks import TrainerMarks, read_marks
 
 MAX_AXES = 5  # of a weight: out, in, and a kernel of three
 
@@ -73,8 +73,8 @@ class _Source:
     data: Any
     header_only: bool
     config: PeftConfig
-    marks: TrainerMarks
     hints: Hints
+    marks: TrainerMarks
 
     def tensor(self, key: str) -> Tensor:
         """With the header only: its shape. Else a copy: a view of the mapped file would change with the file, and end
@@ -98,16 +98,16 @@ class _Source:
 def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: bool = False) -> Adapter:
     """Reads and parses an adapter; factors stay in the file's dtype. Raises FileError.
 
-    With `header_only` no tensor's data is read but alphas: enough to inspect a file of any size at once. Pickled files
-    (.pt, .ckpt) are refused without `allow_pickle`; `files/pickled.py` says what it allows.
+    With `header_only` no tensor's data is read but alphas, and a few rows where the metadata says that q, k and v were
+    trained apart: enough to inspect a file of any size at once. Pickled files (.pt, .ckpt) are refused without
+    `allow_pickle`; `files/pickled.py` says what it allows.
     """
     file = open_adapter(path, allow_pickle)
     grouped, unknown = _group(file)
     config = read_config(file.path, file.metadata, any(is_peft(key) for key in file.entries))
     hints = dora_side(file.metadata, [file.meta(key) for key in file.entries if key.endswith(".dora_scale")])
     with file.tensors() as data:
-        marks, doubt = _checked_marks(file, grouped, data)
-        source = _Source(file, data, header_only, config, marks, hints)
+        source = _Source(file, data, header_only, config, hints, read_marks(file.metadata, file.entries))
         modules = tuple(_module(written, keys, source) for written, keys in grouped.items())
         bundled = (key for key in file.entries if key.startswith(PREFIX))
         embeddings, unread = read_embeddings(bundled, source.tensor)
@@ -115,7 +115,7 @@ def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: b
     if not embeddings and not any(module.layers for module in modules):
         raise FileError(_nothing_found(file, modules))
     notes = dict.fromkeys(layer.note for module in modules for layer in module.layers)
-    sentences = tuple(note for note in (config.note, doubt, *notes) if note)
+    sentences = tuple(note for note in (config.note, *notes) if note)
     return Adapter(file.path.stem, file.identity, file.metadata, modules, tuple(unknown), embeddings, sentences)
 
 
@@ -139,30 +139,11 @@ def _group(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched]
     return grouped, unknown
 
 
-def _checked_marks(file: TensorFile, grouped: Mapping[str, Mapping[str, str]], data: Any) -> tuple[TrainerMarks, str]:
-    """The trainer's marks, and a sentence where the tensors contradict them.
-
-    The first module that would be read in parts stands for all: a file's header alone is read for lists of thousands.
-    """
-    marks = TrainerMarks.of(file.metadata)
-    for written, keys in grouped.items():
-        up, down = keys.get("lora_up.weight"), keys.get("lora_down.weight")
-        if up is None or down is None:
-            continue
-        count = marks.parts(module_name(written).underscored, rank_of({"lora_down.weight": file.entries[down].shape}))
-        rows = part_rows(file.entries[up].shape[0], count) if count > 1 and file.entries[up].shape else []
-        if rows:
-            if is_block_diagonal(data.get_tensor(up), rows):
-                return marks, ""
-            return marks.without_parts(), "its metadata has split_qkv, its factors have no parts: read as alpha / rank"
-    return marks, ""
-
-
 def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
     name = module_name(written)
     if name.dialect.rejected:
         return Module(name, (), (Unmatched(written, name.dialect.rejected),))
-    keys, clashes = _renamed(keys, {**name.dialect.renames, **source.marks.renames(keys)})
+    keys, clashes = _renamed(keys, {**name.dialect.renames, **source.marks.renames})
     factors = {suffix: key for suffix, key in keys.items() if suffix not in (ALPHA, SCALE, RESHAPE)}
     unread: list[Unread] = []
     numbers: dict[str, float] = {}
@@ -179,16 +160,9 @@ def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
         hints = replace(source.hints, scale=numbers[SCALE])
     else:
         shapes = {suffix: source.file.entries[key].shape for suffix, key in factors.items()}
-        rank, alpha = rank_of(shapes), numbers.get(ALPHA)
-        scale = None if ALPHA in numbers else source.config.scale(written, rank)
-        hints = replace(
-            source.hints,
-            alpha=alpha,
-            scale=scale,
-            parts=source.marks.parts(name.underscored, rank),
-            rank_stabilised=source.marks.rank_stabilised,
-            kronecker_scale=source.marks.kronecker_scale(alpha, convolution=len(shapes.get("lokr_w2", ())) > 2),
-        )
+        scale = None if ALPHA in numbers else source.config.scale(written, rank_of(shapes))
+        hints = replace(source.hints, alpha=numbers.get(ALPHA), scale=scale)
+        hints = source.marks.refine(hints, written, shapes, lambda suffix: source.data.get_tensor(factors[suffix]))
     if RESHAPE in keys:
         hints = replace(hints, reshape=source.shape(keys[RESHAPE]))
         if not hints.reshape:

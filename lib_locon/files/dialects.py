@@ -103,11 +103,6 @@ class ModuleName:
     dialect: Dialect
     body: str
 
-    @property
-    def underscored(self) -> str:
-        """The body in the spelling of files that know no dots."""
-        return self.body.replace(".", "_")
-
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(module as written, suffix in our spelling); None where no known suffix ends the key.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from lib_locon.families.build import Hints
 from lib_locon.families.dora import magnitude_side
-from lib_locon.files.trainer_marks import is_true, network_arguments
 
 
 def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hints:
@@ -16,11 +17,20 @@ def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hint
     arguments = network_arguments(metadata)
     stated = arguments.get("wd_on_output", arguments.get("wd_on_out"))
     if stated is not None:
-        return Hints(dora_on_output=is_true(stated), dora_why="the file's metadata")
+        return Hints(dora_on_output=str(stated).lower() == "true", dora_why="the file's metadata")
     sides = {side for side in map(magnitude_side, magnitudes) if side is not None}
     if len(sides) == 1:
         return Hints(dora_on_output=sides.pop(), dora_why="the file's other layers")
     return Hints()
+
+
+def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """kohya's `--network_args` by name, nearly all of them texts; empty where there are none that can be read."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def rank_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:

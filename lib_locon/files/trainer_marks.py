@@ -1,125 +1,146 @@
-"""Conventions of a trainer that its tensors do not show and its metadata does."""
+"""Marks that trainers leave in a file's header. They decide what the tensors alone leave open.
+
+- OneTrainer (`ot_branch`, `ot_revision`, `ot_config`, or the marker of its scaled OFT): its convolutions are rotated
+  the other way than PEFT's, under whatever names the file was written.
+- kohya's `split_qkv` (Flux and SD3): q, k and v (and the MLP of Flux' `linear1`) were trained as pairs of their own,
+  each with the scale alpha / network_dim. They are saved as one block-diagonal pair of 3 or 4 times that rank, with
+  the alpha of one part.
+- LyCORIS' `rs_lora`: the scale is alpha / √rank. LoCon, LoHa and LoKr store alpha · √rank, which makes alpha / rank
+  right for them. GLoRA stores alpha itself, as they all did before July 2024; a LoKr of two whole halves has no rank.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor
 
-_IN_PARTS = {
-    "img_attn_qkv": (3, "img_attn_dim"),
-    "txt_attn_qkv": (3, "txt_attn_dim"),
-    "linear1": (4, "single_dim"),
-}
-"""The Flux modules that kohya's `split_qkv` trains in parts, by the end of their names: how many parts there are (q, k,
-v and, in linear1, mlp), and the argument that gives such modules a rank of their own."""
-_ONETRAINER = ("ot_branch", "ot_revision", "ot_config")
-_ONETRAINER_OFT = {"oft_R.weight": "onetrainer.oft_R.weight"}
-_SCALED_OFT = "oft_R.scaled_oft"
+from lib_locon.arithmetic import matrix
+from lib_locon.families.build import Hints
+from lib_locon.files.hints import network_arguments, rank_of
+
+Shapes = Mapping[str, "tuple[int, ...]"]
+ONETRAINER = {"oft_R.weight": "onetrainer.oft_R.weight"}
+"""What the suffixes mean in a file of OneTrainer."""
+SPLIT = (
+    "q, k and v were trained apart (kohya's split_qkv): its fused layers count with the trainer's alpha / network_dim, "
+    "3 times (linear1: 4 times) the alpha / rank of other loaders"
+)
+NOT_SPLIT = "its metadata says split_qkv, but some fused layer is not as that trainer writes it: alpha / rank there"
+STABILISED = "its metadata says rs_lora: the scale is LyCORIS' alpha / √rank, which other loaders do not read"
+_ROUNDED = 0.01
+"""An alpha is stored in the file's dtype: bf16 keeps 8 bits of it."""
 
 
 @dataclass(frozen=True)
 class TrainerMarks:
-    """What the metadata says of the whole file.
+    """The marks of one file."""
 
-    `arguments` are kohya's `network_args`, `rank` is its `network_dim`.
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Suffixes that mean something else in this file."""
+    split_qkv: bool = False
+    rank_stabilised: bool = False
+    dims: tuple[float | None, float | None] = (None, None)
+    """The trainer's rank for linear layers (and 1×1 convolutions), and for larger convolutions."""
+    alphas: tuple[float | None, float | None] = (None, None)
+    """The same for alpha."""
+
+    def refine(self, hints: Hints, written: str, shapes: Shapes, read: Callable[[str], Tensor]) -> Hints:
+        """The hints for one module, by its name, the shapes of its factors and, where needed, rows of a factor.
+
+        `read` gives a factor of the file; only a few rows of it are looked at, with the header only as well.
+        """
+        if hints.alpha is None:
+            return hints
+        if self.split_qkv and "lora_up.weight" in shapes and (shares := fused_shares(written)):
+            return self._split(hints, shares, shapes["lora_up.weight"], read)
+        return self._by_root_of_rank(hints, shapes) if self.rank_stabilised else hints
+
+    def _split(
+        self, hints: Hints, shares: tuple[int, ...], shape: tuple[int, ...], read: Callable[[str], Tensor]
+    ) -> Hints:
+        out, rank, parts = shape[0] if shape else 0, math.prod(shape[1:]), len(shares)
+        whole = out and rank and out % sum(shares) == 0 and rank % parts == 0
+        # another tool may have made the file anew and kept the metadata: its alpha is then not the trainer's
+        own = self.alphas[0] is None or _equal(hints.alpha, self.alphas[0] or rank / parts)
+        if whole and own and is_block_diagonal(matrix(read("lora_up.weight")), shares):
+            return replace(hints, parts=parts, note=SPLIT)
+        return replace(hints, note=NOT_SPLIT)
+
+    def _by_root_of_rank(self, hints: Hints, shapes: Shapes) -> Hints:
+        if "a1.weight" in shapes:
+            return replace(hints, root_of_rank=True, note=STABILISED)
+        if "lokr_w1" in shapes and "lokr_w2" in shapes:
+            dim = self.dims[math.prod(shapes["lokr_w2"][2:]) > 1]
+            # the alpha of such a LoKr is made of its dim, and confirms it; fp16 turns that of a large one into infinity
+            if dim and (hints.alpha == math.inf or any(_equal(hints.alpha, dim**power) for power in (1, 1.5))):
+                return replace(hints, alpha=None, scale=math.sqrt(dim), note=STABILISED)
+            return hints
+        rank = rank_of(shapes)
+        known = [alpha for alpha in self.alphas if alpha]
+        if not rank or any(_equal(hints.alpha, alpha * math.sqrt(rank)) for alpha in known):
+            return hints
+        if any(_equal(hints.alpha, alpha) for alpha in known):
+            return replace(hints, root_of_rank=True, note=STABILISED)
+        return hints
+
+
+def read_marks(metadata: Mapping[str, str], keys: Iterable[str]) -> TrainerMarks:
+    """The marks in a file's metadata and among its keys. Never raises: metadata may hold anything."""
+    # under PEFT's own prefix, which OneTrainer never writes, the marker alone says no more than how values are packed
+    marked = any(key.endswith(".oft_R.scaled_oft") and "base_model.model." not in key for key in keys)
+    onetrainer = marked or any(key.startswith("ot_") for key in metadata)
+    arguments = network_arguments(metadata)
+    dim, alpha = _number(metadata.get("ss_network_dim")), _number(metadata.get("ss_network_alpha"))
+    algorithm = str(arguments.get("algo", "")).lower()
+    return TrainerMarks(
+        ONETRAINER if onetrainer else {},
+        # "Dynamic" is what kohya's resizing writes: the pairs are no longer the trained ones
+        _true(arguments.get("split_qkv")) and metadata.get("ss_network_alpha") != "Dynamic",
+        metadata.get("ss_network_module", "lycoris").startswith("lycoris")  # no other trainer has such an argument
+        and str(arguments.get("rs_lora", False)).lower() != "false"
+        and algorithm != "dylora",  # it takes no notice of the setting
+        (dim, _number(arguments.get("conv_dim")) or dim),
+        (alpha, _number(arguments.get("conv_alpha")) or alpha),
+    )
+
+
+def fused_shares(written: str) -> tuple[int, ...]:
+    """The shares of the rows that q, k, v (and the MLP) have in a fused projection of Flux or SD3; empty for others."""
+    name = written.replace(".", "_")
+    if name.endswith("_qkv") and ("double_blocks_" in name or "joint_blocks_" in name):
+        return (1, 1, 1)
+    return (1, 1, 1, 4) if name.endswith("_linear1") and "single_blocks_" in name else ()
+
+
+def is_block_diagonal(up: Tensor, shares: tuple[int, ...]) -> bool:
+    """Whether each part of the rows of `up` (out, r) has its own part of the ranks, and exact zeros elsewhere.
+
+    By the first and the last row of each part: what was trained as one has numbers everywhere.
     """
-
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    rank: int | None = None
-    onetrainer: bool = False
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, str]) -> TrainerMarks:
-        """From a header's metadata. Never raises: a value that cannot be read counts as not there."""
-        return cls(
-            network_arguments(metadata),
-            _whole(metadata.get("ss_network_dim")),
-            any(key in metadata for key in _ONETRAINER),
-        )
-
-    def renames(self, suffixes: Mapping[str, str]) -> Mapping[str, str]:
-        """Suffixes of a module that mean something else in a file of this trainer.
-
-        OneTrainer alone writes the marker of a scaled OFT, so that tells too where the metadata is gone.
-        """
-        return _ONETRAINER_OFT if self.onetrainer or _SCALED_OFT in suffixes else {}
-
-    def parts(self, body: str, rank: int | None) -> int:
-        """The number of row blocks that the module was trained in, each with a rank of its own (kohya's `split_qkv`).
-
-        `body` is the module's underscored name, `rank` that of the stored factors: those of all parts side by side.
-        1 for a module that is none of these, or whose rank contradicts the metadata (a resized file keeps it).
-        """
-        if rank is None or not is_true(self.arguments.get("split_qkv")):
-            return 1
-        for end, (count, own_rank) in _IN_PARTS.items():
-            if body.endswith(end):
-                part = _whole(self.arguments.get(own_rank)) or self.rank
-                return count if part is not None and rank == part * count else 1
-        return 1
-
-    def without_parts(self) -> TrainerMarks:
-        """The same, with no module trained in parts."""
-        return replace(self, arguments={**self.arguments, "split_qkv": False})
-
-    @property
-    def rank_stabilised(self) -> bool:
-        """LyCORIS' `rs_lora`: the scale in training was alpha / √rank."""
-        return is_true(self.arguments.get("rs_lora"))
-
-    def kronecker_scale(self, alpha: float | None, *, convolution: bool) -> float | None:
-        """The scale of a LoKr whose halves are both whole; None where it is 1, as it is without `rs_lora`.
-
-        LyCORIS then trains at √dim and stores dim^1.5 as alpha. In half precision that number is rounded or infinite,
-        so the dim of the metadata is taken where it agrees.
-        """
-        if not self.rank_stabilised or alpha is None:
-            return None
-        stated = _whole(self.arguments.get("conv_dim")) if convolution else None
-        stated = stated or self.rank
-        if stated and (alpha == float("inf") or abs(stated**1.5 - alpha) <= 0.01 * alpha):
-            return float(stated**0.5)
-        return float(alpha ** (1 / 3)) if 0 < alpha < float("inf") else None
-
-
-def part_rows(out: int, count: int) -> list[int]:
-    """The rows of each part of a projection with `out` rows (mlp has four times those of q); empty if none fit."""
-    shares = [1, 1, 1, 4][:count]
-    unit, rest = divmod(out, sum(shares))
-    return [] if rest else [unit * share for share in shares]
-
-
-def is_block_diagonal(up: Tensor, rows: list[int]) -> bool:
-    """True for an `up` factor (sum of rows, parts · rank) whose row blocks use no columns but their own."""
-    rank, start = up.shape[1] // len(rows), 0
-    matrix = up.flatten(1)
-    for i, count in enumerate(rows):
-        block = matrix[start : start + count]
-        if bool(block[:, : i * rank].any()) or bool(block[:, (i + 1) * rank :].any()):
-            return False
-        start += count
+    start, ranks, unit = 0, up.shape[1] // len(shares), up.shape[0] // sum(shares)
+    for i, share in enumerate(shares):
+        for row in (start, start + share * unit - 1):
+            numbers = up[row].float()
+            if numbers[: i * ranks].any() or numbers[(i + 1) * ranks :].any():
+                return False
+        start += share * unit
     return True
 
 
-def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, Any]:
-    """kohya's `ss_network_args`; empty where that is no JSON object."""
+def _equal(stored: float | None, expected: float) -> bool:
+    return stored is not None and math.isclose(stored, expected, rel_tol=_ROUNDED)
+
+
+def _true(value: object) -> bool:
+    return str(value).lower() in ("true", "1")
+
+
+def _number(value: object) -> float | None:
     try:
-        found = json.loads(metadata.get("ss_network_args", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def is_true(value: object) -> bool:
-    """Whether an argument of a command line is on: it is stored as the text that was written, or as JSON's own."""
-    return str(value).strip().lower() in ("true", "1", "yes", "on")
-
-
-def _whole(value: object) -> int | None:
-    """A positive whole number, as a number or as a text."""
-    text = str(value).strip()
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0 else None
+        number = float(str(value))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
