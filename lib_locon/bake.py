@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 
 from lib_locon.errors import FileError
+from lib_locon.files.handles import fill, read_exactly
+from lib_locon.files.hashes import hashes_of
 from lib_locon.files.reader import Entry, SafetensorsFile
 from lib_locon.files.writer import CHUNK, write_safetensors
 from lib_locon.inspection import checkpoint_table, is_rounded, match_checkpoint, scale_entry
@@ -159,19 +160,13 @@ def _tensor_bytes(
     most_loss: float,
 ) -> Iterator[bytes]:
     """The bytes of one tensor of the new file, of the shape `shape` (that of the old one, or larger)."""
-    entry = checkpoint.entries[key]
-    with checkpoint.path.open("rb") as file:
-        file.seek(entry.start)
-        if not patches:
-            left = entry.end - entry.start
-            while left:
-                chunk = file.read(min(left, CHUNK))
-                if not chunk:
-                    raise FileError(f"{checkpoint.path} became shorter while it was read")
-                left -= len(chunk)
-                yield chunk
-            return
-    base, beside = _tensor(checkpoint, entry), scale_entry(checkpoint, key)
+    entry, beside = checkpoint.entries[key], scale_entry(checkpoint, key)
+    if not patches:
+        with checkpoint.opened() as file:
+            for start in range(entry.start, entry.end, CHUNK):
+                yield read_exactly(file, start, min(CHUNK, entry.end - start))
+        return
+    base = _tensor(checkpoint, entry)
     try:
         if shape != entry.shape:
             base = torch.nn.functional.pad(base, _padding(entry.shape, shape))
@@ -200,12 +195,10 @@ def _tensor_bytes(
 
 
 def _tensor(checkpoint: SafetensorsFile, entry: Entry) -> torch.Tensor:
-    with checkpoint.path.open("rb") as file:
-        file.seek(entry.start)
-        buffer = bytearray(file.read(entry.end - entry.start))
-    if len(buffer) != entry.end - entry.start:
-        raise FileError(f"{checkpoint.path} became shorter while it was read")
-    return torch.frombuffer(buffer, dtype=entry.torch_dtype).reshape(entry.shape)
+    tensor = torch.empty(entry.shape, dtype=entry.torch_dtype, device="cpu")
+    with checkpoint.opened() as file:
+        fill(file, entry.start, tensor)
+    return tensor
 
 
 def _padding(old: tuple[int, ...], new: tuple[int, ...]) -> list[int]:
@@ -217,7 +210,7 @@ def _recipe(checkpoint: SafetensorsFile, uses: Sequence[Use], prompt: str) -> st
     adapters = [
         {
             "name": use.name or use.adapter.name,
-            "sha256": _sha256(Path(use.adapter.identity.path)),
+            "sha256": hashes_of(use.adapter.identity).file,
             "strengths": use.strengths.as_json(),
             **({} if use.dyn is None else {"dyn": use.dyn}),
         }
@@ -227,11 +220,3 @@ def _recipe(checkpoint: SafetensorsFile, uses: Sequence[Use], prompt: str) -> st
     if RECIPE in checkpoint.metadata:  # it was baked before: the history stays
         recipe["before"] = checkpoint.metadata[RECIPE]
     return json.dumps(recipe)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -24,6 +24,10 @@ class FileError(LoconError):
     """A file that cannot be read as what it should be."""
 
 
+class FileChanged(FileError):
+    """A file that became another while it was read; reading it again may do."""
+
+
 class ShapeError(LoconError):
     """Factors that do not fit each other, or a ΔW that does not fit its weight."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -15,9 +14,12 @@ from lib_locon.files.adapter import read_adapter
 from lib_locon.files.background import Background
 from lib_locon.files.pickled import open_adapter
 from lib_locon.files.reader import FileIdentity
+from lib_locon.files.untrusted_json import parse_readable
 from lib_locon.models.base_family import base_family
 
 MOST_TRIGGERS = 24
+MOST_LETTERS = 1000
+"""Of a word or a name in the metadata that a page shows; a longer one is none, and a page of them would not open."""
 COVERS = "ssmd_cover_images"
 
 
@@ -42,10 +44,11 @@ class Facts:
     problem: str = ""
 
 
-def read_facts(path: Path, *, allow_pickle: bool = False) -> Facts:
-    """Reads the header of one file (and its alphas)."""
+def read_facts(path: Path, *, allow_pickle: bool = False, identity: FileIdentity | None = None) -> Facts:
+    """Reads the header of one file (and its alphas). With an `identity`, of no other file that took its place."""
     try:
         adapter = read_adapter(path, header_only=True, allow_pickle=allow_pickle)
+        (identity or adapter.identity).check(adapter.identity)
     except LoconError as error:
         return Facts(problem=str(error))
     layers = [layer for module in adapter.modules for layer in module.layers]
@@ -74,8 +77,8 @@ def counted_words(folders: Any) -> list[tuple[str, int]]:
     counted: Counter[str] = Counter()
     for tags in folders.values() if isinstance(folders, dict) else ():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
-            if isinstance(count, int) and str(tag).strip():
-                counted[str(tag).strip()] += count
+            if isinstance(count, int) and tag.strip() and len(tag) <= MOST_LETTERS:
+                counted[tag.strip()] += count
     return sorted(counted.items(), key=lambda item: (-item[1], item[0]))
 
 
@@ -84,8 +87,8 @@ def parsed(text: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_readable(text)
+    except ValueError:
         return text
 
 
@@ -119,9 +122,11 @@ class FileMetadata(Mapping[str, Any]):
 @lru_cache(maxsize=4)
 def _metadata(identity: FileIdentity, allow_pickle: bool) -> Mapping[str, str]:
     try:
-        return open_adapter(Path(identity.path), allow_pickle).metadata
+        file = open_adapter(Path(identity.path), allow_pickle)
+        identity.check(file.identity)
     except LoconError:
         return {}
+    return file.metadata
 
 
 class FactsIndex(Background[Facts]):
@@ -139,7 +144,7 @@ class FactsIndex(Background[Facts]):
 
     def _read(self, identity: FileIdentity) -> Facts:
         try:
-            return read_facts(Path(identity.path), allow_pickle=self.allow_pickle)
+            return read_facts(Path(identity.path), allow_pickle=self.allow_pickle, identity=identity)
         except Exception as error:  # noqa: BLE001  one strange file must not hide all that come after it; its card says so
             return Facts(problem=f"an error in sd-webui-locon itself: {type(error).__name__}: {error}")
 
@@ -150,4 +155,4 @@ def _cover_images(metadata: Mapping[str, str]) -> list[Any]:
 
 
 def _text(value: str | None) -> str:
-    return "" if value in (None, "None") else str(value)
+    return "" if value in (None, "None") or len(value) > MOST_LETTERS else value

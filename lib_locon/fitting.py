@@ -45,7 +45,7 @@ class Fits:
             identity = FileIdentity.of(path)
             answer = mine.answers.get(identity)
             if answer is None:
-                answer = _fit(path, session, allow_pickle=allow_pickle)
+                identity, answer = _fit(path, session, allow_pickle=allow_pickle)
                 mine.keep(identity, answer)
         except LoconError:
             return None
@@ -63,7 +63,8 @@ class _OfModel:
             self.answers.popitem(last=False)
 
 
-def _fit(path: Path, session: Session, *, allow_pickle: bool) -> Fit:
+def _fit(path: Path, session: Session, *, allow_pickle: bool) -> tuple[FileIdentity, Fit]:
+    """With the identity of the file that was read: that of the name may be another by then."""
     # not `session.match`: that keeps what it finds, for adapters whose factors are there
     adapter = read_adapter(path, header_only=True, allow_pickle=allow_pickle)
     found = match(adapter, session.table, session.side.judge())
@@ -71,4 +72,4 @@ def _fit(path: Path, session: Session, *, allow_pickle: bool) -> Fit:
         why = f"it was made for {found.made_for}; {summary(found.unmatched)}"
     else:
         why = summary(found.unmatched)
-    return Fit(found.used, found.total, why)
+    return adapter.identity, Fit(found.used, found.total, why)

@@ -208,6 +208,8 @@ def _changed(folder: str) -> int:
 @cache
 def _written(identity: FileIdentity) -> tuple[str, str]:
     """Alias and hash out of the metadata."""
-    metadata = SafetensorsFile(identity.path).metadata
+    file = SafetensorsFile(identity.path)
+    identity.check(file.identity)
+    metadata = file.metadata
     alias = metadata.get("ss_output_name", "")
     return "" if alias == "None" else alias, metadata.get("sshs_model_hash", "")

@@ -42,7 +42,7 @@ class AdapterCache:
                 adapter = self._kept(identity)  # somebody else may have read it meanwhile
                 if adapter is None:
                     adapter = read_adapter(path, allow_pickle=self.allow_pickle)
-                    self._keep(identity, adapter)
+                    self._keep(adapter.identity, adapter)  # the file may have been replaced meanwhile
         return adapter
 
     def _kept(self, identity: FileIdentity) -> Adapter | None:

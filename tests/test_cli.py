@@ -517,27 +517,16 @@ def test_inspect_of_a_file_that_is_not_there_or_a_base_that_is_none(desk: Desk) 
 
 
 def test_inspect_reads_no_tensor_but_alphas(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib_locon.files import reader
+    from lib_locon.files.reader import TensorData
 
     read: list[str] = []
+    get_tensor = TensorData.get_tensor
 
-    class Spy:
-        def __init__(self, path: Path, **options: Any) -> None:
-            self.manager = reader_open(path, **options)
+    def spy(data: TensorData, key: str) -> Tensor:
+        read.append(key)
+        return get_tensor(data, key)
 
-        def __enter__(self) -> Spy:
-            self.view = self.manager.__enter__()
-            return self
-
-        def __exit__(self, *error: Any) -> None:
-            self.manager.__exit__(*error)
-
-        def get_tensor(self, key: str) -> Tensor:
-            read.append(key)
-            return self.view.get_tensor(key)
-
-    reader_open = reader.safe_open
-    monkeypatch.setattr(reader, "safe_open", Spy)
+    monkeypatch.setattr(TensorData, "get_tensor", spy)
     assert desk.run("inspect", desk.style)[0] == 0
     assert len(read) == 2
     assert all(key.endswith(".alpha") for key in read)

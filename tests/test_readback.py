@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lib_locon.errors import FileError, PatchError
-from lib_locon.files import pristine
+from lib_locon.files import handles
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.patching import compute
 from lib_locon.patching.engine import Engine
@@ -64,7 +64,7 @@ def test_the_same_bits_as_from_copies(
     zoo: Zoo, patch: MakePatch, parts: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype, stored: torch.dtype, at_once: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(pristine, "_AT_ONCE", at_once and pristine._AT_ONCE)
+    monkeypatch.setattr(handles, "AT_ONCE", at_once and handles.AT_ONCE)
     model, reference = zoo(stored).to(dtype), zoo(stored).to(dtype)
     engine, plain, base = engine_of(model, tmp_path / "m.safetensors", stored=stored), Engine(reference), weights(model)
     for first, strength in ((True, 1.0), (False, 0.3), (False, -2.0)):
@@ -264,7 +264,7 @@ def test_a_cast_is_looked_at_in_each_dtype(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["each at its place", "one position"])
 def test_many_threads_read_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
-    monkeypatch.setattr(pristine, "_AT_ONCE", at_once and pristine._AT_ONCE)
+    monkeypatch.setattr(handles, "AT_ONCE", at_once and handles.AT_ONCE)
     tensors = {str(number): randn(64, 64, seed=number) for number in range(8)}
     source = source_of(checkpoint(tmp_path / "m.safetensors", tensors))
     wrong: list[str] = []

@@ -402,7 +402,7 @@ def test_a_file_that_changes_during_a_read(
 ) -> None:
     """At each of the points where the reading can be caught: before and after each piece of the file."""
     monkeypatch.setattr(pristine, "TILE", 16)
-    stored, fill = randn(6, 7), pristine._fill
+    stored, fill = randn(6, 7), pristine.fill
     for first in (True, False):
         for moment in range(2 if dtype == torch.float32 else 6):
             path = checkpoint(tmp_path / "a.safetensors", {"w": stored})
@@ -421,7 +421,7 @@ def test_a_file_that_changes_during_a_read(
                         fill(*args)
 
             with monkeypatch.context() as caught:
-                caught.setattr(pristine, "_fill", filling)
+                caught.setattr(pristine, "fill", filling)
                 if first:
                     assert bits(store.save("w", weight)) == bits(weight)
                     assert ways(store) == {"ram": 1}

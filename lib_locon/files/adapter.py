@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_locon.errors import FileError
+from lib_locon.errors import FileChanged, FileError
 from lib_locon.families import ALPHA, RESHAPE, SCALE
 from lib_locon.families.build import Hints, Unread, build_layers
 from lib_locon.families.layer import Layer
@@ -21,10 +22,13 @@ from lib_locon.files.embeddings import PREFIX, Embedding, read_embeddings
 from lib_locon.files.hints import dora_side, rank_of
 from lib_locon.files.peft_config import PeftConfig, read_config
 from lib_locon.files.pickled import TensorFile, open_adapter
-from lib_locon.files.reader import FileIdentity, SafetensorsFile, shown
+from lib_locon.files.reader import FileIdentity, SafetensorsFile, is_shape, shown
 from lib_locon.files.trainer_marks import TrainerMarks, read_marks
 
 MAX_AXES = 5  # of a weight: out, in, and a kernel of three
+MORE_ATTEMPTS = 2
+"""At a file that is written while it is read. A trainer that saves is slower: the third time it is somebody's turn to
+look."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,8 @@ class _Source:
     marks: TrainerMarks
 
     def tensor(self, key: str) -> Tensor:
-        """With the header only: its shape. Else a copy: a view of the mapped file would change with the file, and end
-        the whole process when a trainer cuts the file short to write it anew."""
-        tensor: Tensor = self.file.meta(key) if self.header_only else self.data.get_tensor(key).clone()
+        """With the header only: its shape."""
+        tensor: Tensor = self.file.meta(key) if self.header_only else self.data.get_tensor(key)
         return tensor
 
     def number(self, key: str) -> float | None:
@@ -91,8 +94,11 @@ class _Source:
         entry = self.file.entries[key]
         if len(entry.shape) != 1 or not 0 < entry.shape[0] <= MAX_AXES:
             return ()
-        sizes = tuple(int(size) for size in self.data.get_tensor(key))
-        return sizes if all(size > 0 for size in sizes) else ()
+        numbers = self.data.get_tensor(key)
+        # any kind of number may have been stored, and NaN or an infinity among them
+        values = (numbers.double() if numbers.is_floating_point() else numbers).tolist()
+        sizes = tuple(int(value) for value in values if math.isfinite(value) and value == int(value) and value > 0)
+        return sizes if len(sizes) == len(values) and is_shape(sizes) else ()
 
 
 def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: bool = False) -> Adapter:
@@ -100,8 +106,17 @@ def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: b
 
     With `header_only` no tensor's data is read but alphas, and a few rows where the metadata says that q, k and v were
     trained apart: enough to inspect a file of any size at once. Pickled files (.pt, .ckpt) are refused without
-    `allow_pickle`; `files/pickled.py` says what it allows.
+    `allow_pickle`; `files/pickled.py` says what it allows. A file that is written meanwhile is read again.
     """
+    for _ in range(MORE_ATTEMPTS):
+        try:
+            return _read(path, header_only=header_only, allow_pickle=allow_pickle)
+        except FileChanged:
+            continue
+    return _read(path, header_only=header_only, allow_pickle=allow_pickle)
+
+
+def _read(path: Path | str, *, header_only: bool, allow_pickle: bool) -> Adapter:
     file = open_adapter(path, allow_pickle)
     grouped, unknown = _group(file)
     config = read_config(file.path, file.metadata, any(is_peft(key) for key in file.entries))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cache
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from lib_locon.errors import FileError
+from lib_locon.files.handles import opened, read_exactly
 from lib_locon.files.reader import FileIdentity, SafetensorsFile
 from lib_locon.files.writer import CHUNK
 
@@ -50,16 +52,19 @@ def body_hash(identity: FileIdentity) -> str:
 def _read(identity: FileIdentity) -> tuple[bytes, Iterator[bytes]]:
     """A safetensors file's header and what follows, piece by piece; all other files have no header."""
     path = Path(identity.path)
-    chunks = _chunks(path, SafetensorsFile(path).data_start if path.suffix.lower() == ".safetensors" else 0)
+    if path.suffix.lower() == ".safetensors":
+        header = SafetensorsFile(path)
+        chunks = _chunks(identity, header.opened(), header.data_start)
+    else:
+        chunks = _chunks(identity, opened(path), 0)
     return next(chunks), chunks
 
 
-def _chunks(path: Path, start: int) -> Iterator[bytes]:
-    """The first `start` bytes, then the others in pieces of a handy size."""
-    try:
-        with path.open("rb") as file:
-            yield file.read(start)
-            while chunk := file.read(CHUNK):
-                yield chunk
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+def _chunks(identity: FileIdentity, opening: AbstractContextManager[FileIO], start: int) -> Iterator[bytes]:
+    """The first `start` bytes, then the others in pieces of a handy size. A hash is kept for long: all are of one state
+    of the file, that which has the identity."""
+    with opening as file:
+        identity.check(FileIdentity.of_open(Path(identity.path), file))
+        yield read_exactly(file, 0, start)
+        while chunk := file.read(CHUNK):
+            yield chunk

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lib_locon.families.build import Hints
 from lib_locon.families.dora import magnitude_side
+from lib_locon.files.untrusted_json import parse
 
 
 def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hints:
@@ -27,8 +27,8 @@ def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hint
 def network_arguments(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """kohya's `--network_args` by name, nearly all of them texts; empty where there are none that can be read."""
     try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-    except (ValueError, RecursionError):
+        arguments = parse(metadata.get("ss_network_args", "{}"))
+    except ValueError:
         return {}
     return arguments if isinstance(arguments, dict) else {}
 

@@ -1,17 +1,20 @@
 """Pickled adapters (.pt, .ckpt): the whole policy about them. Nothing else in the package opens one.
 
 A pickle is a program. `torch.load(weights_only=True)` runs a small part of its language only, but that part has had
-holes (CVE-2025-32434 before torch 2.6, CVE-2026-24747 before 2.10), and webuis run older torches. So the option is off,
-and with it on a file is looked through before torch sees it: a plain archive, and in it no more than what `torch.save`
-writes for a table of tensors.
+holes (CVE-2025-32434 before torch 2.6, CVE-2026-24747 before 2.10), and webuis run older torches; and it either maps
+the file into memory (see `files/handles.py`) or reads all of it for one number. So the option is off, and with it on
+nothing is run: the archive must be a plain one, `files/pickled_table.py` reads the list of tensors in it, and the
+numbers are read from their places.
 """
 
 from __future__ import annotations
 
-import pickletools
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +22,9 @@ import torch
 from torch import Tensor
 
 from lib_locon.errors import FileError
-from lib_locon.files.reader import DTYPES, MAX_HEADER, FileIdentity, SafetensorsFile, check_text, shown
+from lib_locon.files.handles import State, fill, opened, read_exactly
+from lib_locon.files.pickled_table import NotOnlyTensors, StoredTensor, read_table
+from lib_locon.files.reader import MAX_HEADER, FileIdentity, SafetensorsFile, check_text, shown
 
 ENDINGS = (".pt", ".ckpt")
 OFF = (
@@ -27,26 +32,7 @@ OFF = (
     "convert it to safetensors, or turn the option on if you trust its author"
 )
 _ZIP = b"PK\x03\x04"
-_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-_GLOBALS = frozenset(
-    {
-        "collections OrderedDict",
-        "torch._utils _rebuild_tensor_v2",
-        "torch._utils _rebuild_tensor_v3",
-        "torch._utils _rebuild_parameter",
-        "torch.storage UntypedStorage",
-        *(f"torch {name}Storage" for name in _STORAGES),
-        *(str(dtype).replace(".", " ") for dtype in DTYPES.values()),
-    }
-)
-# fmt: off
-_OPCODES = frozenset({
-    "PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "NONE", "NEWTRUE", "NEWFALSE", "BININT",
-    "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST",
-    "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BINPUT", "LONG_BINPUT", "BINGET",
-    "LONG_BINGET",
-})
-# fmt: on
+_LOCAL_HEADER = 30  # bytes, before the name
 
 
 class HasShape(Protocol):
@@ -94,48 +80,76 @@ def open_adapter(path: Path | str, allow_pickle: bool = False) -> TensorFile:
 
 
 class PickledFile:
-    """A table of tensors as `torch.save` writes it, mapped into memory. Raises FileError for anything else."""
+    """A table of tensors as `torch.save` writes it. Raises FileError for anything else."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.identity = FileIdentity.of(self.path)
         self.metadata: dict[str, str] = {}
-        _check_archive(self.path, self.identity.size)
-        self.entries = _table(self.path, _load(self.path))
+        with opened(self.path) as file:
+            self._state = State.of(file)
+            self.identity = FileIdentity.of_open(self.path, file)
+            program, self._parts = _archive(self.path, file, self.identity.size)
+        self.entries = _table(self.path, _loaded(self.path, program))
+        for key, tensor in self.entries.items():
+            if tensor.held * tensor.dtype.itemsize > self._parts.get(tensor.part, (0, 0))[1]:
+                raise FileError(f"{self.path} is damaged: {shown(key)} is larger than the part that holds it")
         # tensors that claim more than is there (many on one storage, steps of 0) would cost more than the file's size
-        if sum(tensor.numel() * tensor.element_size() for tensor in self.entries.values()) > self.identity.size:
+        if sum(tensor.nbytes for tensor in self.entries.values()) > self.identity.size:
             raise FileError(f"{self.path} is damaged: its tensors are larger than the file")
 
     def meta(self, key: str) -> Tensor:
         """The tensor without its data, on the meta device."""
-        return torch.empty_like(self.entries[key], device="meta")
+        entry = self.entries[key]
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     @contextmanager
-    def tensors(self) -> Iterator[PickledFile]:
-        """Itself: the data is mapped already."""
-        if FileIdentity.of(self.path) != self.identity:
-            raise FileError(f"{self.path} has changed since its header was read; try again")
-        yield self
+    def tensors(self) -> Iterator[_Data]:
+        """The open data. Raises FileChanged, at the end too: what was read before may then be of two files."""
+        with opened(self.path, self._state) as file:
+            yield _Data(self.entries, self._parts, file)
+
+
+class _Data:
+    """The tensors of an open file, read when they are asked for. A short file raises EOFError."""
+
+    def __init__(self, entries: Mapping[str, StoredTensor], parts: Mapping[str, tuple[int, int]], file: FileIO) -> None:
+        self._entries = entries
+        self._parts = parts
+        self._file = file
+        self._whole: dict[tuple[str, torch.dtype], Tensor] = {}
+        """Parts of which tensors are taken that do not lie in one piece, read once for all of these."""
 
     def get_tensor(self, key: str) -> Tensor:
-        """The tensor; its data is read from the disk where it is touched."""
-        return self.entries[key]
+        """The tensor in memory of its own."""
+        entry = self._entries[key]
+        if 0 in entry.shape:
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        if entry.last - entry.offset + 1 == prod(entry.shape):  # in one piece, in whatever order
+            piece = self._read(entry, entry.offset, prod(entry.shape))
+            return piece.as_strided(entry.shape, entry.strides).contiguous()
+        known = (entry.part, entry.dtype)
+        if known not in self._whole:
+            self._whole[known] = self._read(entry, 0, entry.held)
+        view = self._whole[known].as_strided(entry.shape, entry.strides, entry.offset)
+        return view.clone(memory_format=torch.contiguous_format)
+
+    def _read(self, entry: StoredTensor, first: int, count: int) -> Tensor:
+        numbers = torch.empty(count, dtype=entry.dtype, device="cpu")
+        fill(self._file, self._parts[entry.part][0] + first * entry.dtype.itemsize, numbers)
+        return numbers
 
 
 def _is_pickled(path: Path) -> bool:
-    FileIdentity.of(path)  # raises for what must not be opened
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
+    with opened(path) as file:
+        start = file.read(9)
     return start.startswith(_ZIP) or (start[:1] == b"\x80" and start[8:] != b"{")
 
 
-def _check_archive(path: Path, size: int) -> None:
-    """Raises FileError unless it is an archive of uncompressed parts with a pickle that only builds tensors."""
+def _archive(path: Path, file: FileIO, size: int) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The program, and the parts with data: name → (first byte, bytes). Raises FileError unless it is an archive of
+    uncompressed parts."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             if any(part.compress_type for part in parts) or sum(part.file_size for part in parts) > size:
                 raise FileError(f"{path} is compressed, or its parts overlap: torch.save writes no such file")
@@ -145,44 +159,56 @@ def _check_archive(path: Path, size: int) -> None:
                 raise FileError(f"{path} is no table of tensors: a TorchScript program, or no file of torch at all")
             if archive.getinfo(names[0]).file_size > MAX_HEADER:
                 raise FileError(f"{path} has a list of tensors of more than {MAX_HEADER} bytes, which is not read")
-            pickled = archive.read(names[0])
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+            folder = names[0][: -len("data.pkl")]
+            order = f"{folder}byteorder"
+            if any(part.filename == order for part in parts) and archive.read(order) != b"little":
+                raise FileError(f"{path} was written on a computer that writes numbers the other way round: convert it")
+            data = f"{folder}data/"
+            places = {
+                part.filename[len(data) :]: (_data_start(file, part), part.file_size)
+                for part in parts
+                if part.filename.startswith(data)
+            }
+            return archive.read(names[0]), places
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, struct.error) as error:
         raise FileError(f"{path} is not a sound .pt file, or one of before 2020 ({error}): convert it") from error
-    _check_program(path, pickled)
 
 
-def _check_program(path: Path, pickled: bytes) -> None:
-    strange = ""
+def _data_start(file: FileIO, part: zipfile.ZipInfo) -> int:
+    """Behind the part's own header, which repeats its name and may add to it."""
+    header = read_exactly(file, part.header_offset, _LOCAL_HEADER)
+    if not header.startswith(_ZIP):
+        raise zipfile.BadZipFile(f"{shown(part.filename)} does not begin where it should")
+    return (
+        part.header_offset
+        + _LOCAL_HEADER
+        + int.from_bytes(header[26:28], "little")
+        + int.from_bytes(header[28:], "little")
+    )
+
+
+def _loaded(path: Path, program: bytes) -> object:
     try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name == "GLOBAL" and argument not in _GLOBALS:
-                strange = strange or shown(argument)
-            elif opcode.name not in _OPCODES or (opcode.name == "PROTO" and argument != 2):
-                strange = strange or f"the instruction {opcode.name}"
+        return read_table(program)
+    except NotOnlyTensors as error:
+        raise FileError(f"{path} holds more than tensors ({error}), and is not opened for that reason") from error
     except ValueError as error:
-        raise FileError(f"{path} is damaged: its list of tensors cannot be read") from error
-    if strange:
-        raise FileError(f"{path} holds more than tensors ({strange}), and is not opened for that reason")
+        raise FileError(f"{path} is damaged: its list of tensors cannot be read ({error})") from error
 
 
-def _load(path: Path) -> object:
-    try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)  # torch 2.1: no Path there
-    except Exception as error:  # whatever a broken archive makes torch raise; its texts advise to go on without care
-        raise FileError(f"{path} is damaged: torch cannot read its tensors ({type(error).__name__})") from error
-
-
-def _table(path: Path, loaded: object) -> dict[str, Tensor]:
-    if isinstance(loaded, (list, tuple)) and loaded and all(isinstance(item, Tensor) for item in loaded):
+def _table(path: Path, loaded: object) -> dict[str, StoredTensor]:
+    if isinstance(loaded, (list, tuple)) and loaded and all(isinstance(item, StoredTensor) for item in loaded):
         raise FileError(f"{path} is a list of tensors without names (cloneofsimo's lora), which is not supported")
     if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
-        raise FileError(f"{path} holds no table of tensors but a {type(loaded).__name__}")
+        raise FileError(f"{path} holds no table of tensors but a {_kind(loaded)}")
     for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise FileError(f"{path} holds more than tensors with names: {shown(key)} is a {type(value).__name__}")
+        if not isinstance(key, str) or not isinstance(value, StoredTensor):
+            raise FileError(f"{path} holds more than tensors with names: {shown(key)} is a {_kind(value)}")
         check_text(path, key)
-        if value.dtype not in DTYPES.values():
-            raise FileError(f"{path}: {shown(key)} has the dtype {value.dtype}, which this version does not read")
-    return {key: value.detach() for key, value in loaded.items()}
+    return dict(loaded)
+
+
+def _kind(value: object) -> str:
+    return "Tensor" if isinstance(value, StoredTensor) else type(value).__name__

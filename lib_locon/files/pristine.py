@@ -1,9 +1,7 @@
 """Reading a model's pristine weights back from its checkpoint file, while users do with that file what they like.
 
-Read, not mapped. A mapped file that is cut short (`wget -O`, `cp` over it) or whose network drive goes away kills the
-whole process (SIGBUS; an access violation on Windows), and Windows lets nobody replace a mapped file. Reads give an
-error instead, cost the same (20 GB/s from the page cache into a buffer that is used again), and can be checked: the
-file's identity is compared after each, and a change before it or during it shows.
+Read, not mapped (see `files/handles.py`); from the page cache into a buffer that is used again, at 20 GB/s. The file's
+identity is compared after each reading, and a change before it or during it shows.
 
 Replaced or deleted: except on Windows one handle stays open as long as the source lives, so that what was opened can
 still be read, whatever has its name by now (its disk space is given back, and its drive can be unmounted, when the
@@ -13,7 +11,6 @@ read, and a file that was replaced is an error.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import time
@@ -22,40 +19,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lib_locon.errors import FileError
+from lib_locon.files import handles
+from lib_locon.files.handles import HandleIdentity, fill
 from lib_locon.files.reader import Entry, SafetensorsFile
 
 TILE = 1 << 20  # numbers that are cast at a time: a few MiB that stay in the cache
 SETTLED = 2_000_000_000
 """Nanoseconds: the coarsest clock of a file system (FAT's). A file written less than this ago may be written again
 with no change of its time."""
-
-
-AT_MOST = 1 << 30  # bytes: macOS refuses to read 2 GiB and more at once
-_AT_ONCE = hasattr(os, "preadv")
-"""Whether several threads can read from one handle, each at a place of its own: not on Windows."""
-
-
-class _Identity(NamedTuple):
-    """By handle, not by name: on Windows `os.stat` and `os.fstat` may tell different devices for one file.
-
-    No ctime: it changes when the file is renamed or deleted, too, and its numbers do not.
-    """
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, file: FileIO) -> _Identity:
-        found = os.fstat(file.fileno())
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 class CheckpointSource:
@@ -74,7 +50,7 @@ class CheckpointSource:
         self._held: FileIO | None = None
         opened = self._open()
         try:
-            self._identity = _Identity.of(opened)
+            self._identity = HandleIdentity.of(opened)
             if (self._identity.size, self._identity.mtime_ns) != (file.identity.size, file.identity.mtime_ns):
                 raise FileError(f"{self.path} has changed since its header was read; try again")
             if hold:
@@ -102,7 +78,7 @@ class CheckpointSource:
     def has_parts(self) -> bool:
         """Whether parts can be read without opening the file for each, and it is what it was."""
         try:
-            return self._held is not None and _Identity.of(self._held) == self._identity
+            return self._held is not None and HandleIdentity.of(self._held) == self._identity
         except OSError:
             return False
 
@@ -114,7 +90,7 @@ class CheckpointSource:
         """
         try:
             with self._open() as file:  # by opening: a network drive asks its server only then
-                same = _Identity.of(file) == self._identity
+                same = HandleIdentity.of(file) == self._identity
         except (FileError, OSError):
             return False
         # once settled, always: the system's clock may be set back, and then a base would seem lost
@@ -129,7 +105,7 @@ class CheckpointSource:
         before = self._identity
         try:
             with self._opened() as file:
-                now = _Identity.of(file)
+                now = HandleIdentity.of(file)
         except (FileError, OSError):
             return None
         if now == before or now._replace(mtime_ns=before.mtime_ns) != before or not _has_settled(now):
@@ -146,7 +122,7 @@ class CheckpointSource:
             try:
                 start = entry.start + first * entry.torch_dtype.itemsize
                 if entry.torch_dtype == out.dtype:
-                    _fill(file, start, out)
+                    fill(file, start, out)
                 else:
                     _read_cast(file, start, entry.torch_dtype, out, checked=checked)
                 self._check(file)  # after it: so a change that came while reading is seen as well as one before
@@ -155,7 +131,7 @@ class CheckpointSource:
                 raise FileError(f"{self.path} cannot be read: {why}") from error
 
     def _check(self, file: FileIO) -> None:
-        if _Identity.of(file) != self._identity:
+        if HandleIdentity.of(file) != self._identity:
             raise FileError(f"{self.path} has changed since it was loaded")
 
     def _open(self) -> FileIO:
@@ -170,11 +146,11 @@ class CheckpointSource:
             with self._open() as file:
                 yield file
         else:
-            with nullcontext() if _AT_ONCE else self._lock:  # one handle has one position
+            with nullcontext() if handles.AT_ONCE else self._lock:  # one handle has one position
                 yield self._held
 
 
-def _has_settled(file: _Identity) -> bool:
+def _has_settled(file: HandleIdentity) -> bool:
     return abs(time.time_ns() - file.mtime_ns) >= SETTLED
 
 
@@ -184,28 +160,10 @@ def _read_cast(file: FileIO, start: int, dtype: torch.dtype, out: Tensor, *, che
     buffer = torch.empty(min(TILE, flat.numel()), dtype=dtype, device="cpu")
     for first in range(0, flat.numel(), TILE):
         part = buffer[: flat.numel() - first]
-        _fill(file, start + first * dtype.itemsize, part)
+        fill(file, start + first * dtype.itemsize, part)
         target = flat[first : first + TILE]
         target.copy_(part)
         # torch's vector and scalar code give a NaN different bits: which one it meets depends on its place and on the
         # number of threads, so it would not be the same each time (fp8 has no isnan: there the other side tells)
         if not checked and bool((part if dtype.itemsize > 1 else target.float()).isnan().any()):
             raise FileError("the checkpoint file has a NaN in the weight, in another dtype")
-
-
-def _fill(file: FileIO, start: int, out: Tensor) -> None:
-    """Bytes from `start` on into `out`, contiguous. Raises EOFError where the file ends before."""
-    if not out.nbytes:
-        return
-    # torch gives no writable buffer without numpy, which is no dependency here; `out` outlives the view
-    view = memoryview((ctypes.c_ubyte * out.nbytes).from_address(out.data_ptr()))
-    done = 0
-    while done < len(view):
-        if _AT_ONCE:
-            count = os.preadv(file.fileno(), [view[done : done + AT_MOST]], start + done)
-        else:
-            file.seek(start + done)
-            count = file.readinto(view[done:]) or 0
-        if not count:
-            raise EOFError("it has been cut short")
-        done += count

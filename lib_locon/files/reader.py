@@ -1,4 +1,6 @@
-"""Reading safetensors: the header by ourselves (for exact errors and offsets), the tensors by the safetensors library.
+"""Reading safetensors by ourselves: for exact errors and offsets, and because the library maps the file into memory.
+
+A mapped file ends the process when somebody writes it anew (see `files/handles.py`).
 
 The format: 8 bytes little-endian length n, n bytes of JSON (name → dtype, shape, data_offsets; `__metadata__` → texts),
 then the data.
@@ -7,20 +9,23 @@ then the data.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from reprlib import Repr
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lib_locon.errors import FileError
+from lib_locon.errors import FileChanged, FileError
+from lib_locon.files.handles import State, fill, opened, read_exactly
+from lib_locon.files.untrusted_json import parse
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute)
@@ -64,11 +69,28 @@ class FileIdentity(NamedTuple):
             raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
             raise FileError(f"{path} cannot be read: it is no file but a pipe or a device")  # a pipe would never end
+        return cls._of(path, found)
+
+    @classmethod
+    def of_open(cls, path: Path, file: FileIO) -> FileIdentity:
+        """That of an open file, whatever `path` leads to by now. Raises OSError."""
+        return cls._of(path, os.fstat(file.fileno()))
+
+    @classmethod
+    def _of(cls, path: Path, found: os.stat_result) -> FileIdentity:
         try:
             config_ns = path.with_name(CONFIG_NAME).stat().st_mtime_ns
         except (OSError, ValueError):
             config_ns = 0
         return cls(str(path.resolve()), found.st_size, found.st_mtime_ns, config_ns)
+
+    def check(self, other: FileIdentity) -> None:
+        """Raises FileChanged where what was read, `other`, is not the content that this stands for.
+
+        What is kept by this identity would else be shown for it, when a file that was swapped for a moment is back.
+        """
+        if (self.size, self.mtime_ns) != (other.size, other.mtime_ns):
+            raise FileChanged(f"{self.path} has changed meanwhile; try again")
 
 
 @dataclass(frozen=True)
@@ -91,8 +113,10 @@ class SafetensorsFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.identity = FileIdentity.of(self.path)
-        header, self.data_start = _read_header(self.path, self.identity.size)
+        with opened(self.path) as file:
+            self._state = State.of(file)
+            self.identity = FileIdentity.of_open(self.path, file)
+            header, self.data_start = _read_header(self.path, file, self.identity.size)
         self.metadata = _metadata(self.path, header)
         self.entries = {
             key: _entry(self.path, key, value, self.data_start, self.identity.size) for key, value in header.items()
@@ -105,34 +129,43 @@ class SafetensorsFile:
         return torch.empty(entry.shape, dtype=entry.torch_dtype, device="meta")
 
     @contextmanager
-    def tensors(self) -> Iterator[Any]:
-        """An open view of the data; `.get_tensor(key)` shares the file's memory, so copy what is to stay."""
-        if FileIdentity.of(self.path) != self.identity:
-            raise FileError(f"{self.path} has changed since its header was read; try again")
-        try:
-            with safe_open(self.path, framework="pt") as view:
-                yield view
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{self.path} is not a sound safetensors file: {error}") from error
+    def tensors(self) -> Iterator[TensorData]:
+        """The open data. Raises FileChanged, at the end too: what was read before may then be of two files."""
+        with self.opened() as file:
+            yield TensorData(self.entries, file)
+
+    def opened(self) -> AbstractContextManager[FileIO]:
+        """The file, open, as it was when its header was read, and as long as this lasts. Raises FileChanged."""
+        return opened(self.path, self._state)
 
 
-def _read_header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+class TensorData:
+    """The tensors of an open file, read when they are asked for. A short file raises EOFError."""
+
+    def __init__(self, entries: Mapping[str, Entry], file: FileIO) -> None:
+        self._entries = entries
+        self._file = file
+
+    def get_tensor(self, key: str) -> Tensor:
+        """The tensor in memory of its own."""
+        entry = self._entries[key]
+        out = torch.empty(entry.shape, dtype=entry.torch_dtype, device="cpu")
+        fill(self._file, entry.start, out)
+        return out
+
+
+def _read_header(path: Path, file: FileIO, size: int) -> tuple[dict[str, Any], int]:
+    start = read_exactly(file, 0, min(size, 64))
+    _recognise(path, start)
+    length = int.from_bytes(start[:8], "little")
+    if size < 8 or length > size - 8:
+        raise FileError(f"{path} is not a whole safetensors file ({size} bytes): a download cut short?")
+    if length > MAX_HEADER:
+        raise FileError(f"{path} has a header of {length} bytes; more than {MAX_HEADER} are not read")
+    text = read_exactly(file, 8, length)
     try:
-        with path.open("rb") as file:
-            start = file.read(64)
-            _recognise(path, start)
-            length = int.from_bytes(start[:8], "little")
-            if size < 8 or length > size - 8:
-                raise FileError(f"{path} is not a whole safetensors file ({size} bytes): a download cut short?")
-            if length > MAX_HEADER:
-                raise FileError(f"{path} has a header of {length} bytes; more than {MAX_HEADER} are not read")
-            file.seek(8)
-            text = file.read(length)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except (ValueError, RecursionError) as error:
+        header = parse(text.decode("utf-8"), lambda pairs: _unique(path, pairs))
+    except ValueError as error:
         raise FileError(f"{path} is not a safetensors file: its header is no JSON ({error})") from error
     if not isinstance(header, dict):
         raise FileError(f"{path} is not a safetensors file: its header is no JSON object")
@@ -165,10 +198,7 @@ def _metadata(path: Path, header: dict[str, Any]) -> dict[str, str]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise FileError(f"{path} has a __metadata__ that is no table of texts")
-    try:
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    except RecursionError as error:
-        raise FileError(f"{path} has a __metadata__ that is no table of texts") from error
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     for key, value in texts.items():
         check_text(path, key)
         check_text(path, value)
@@ -191,7 +221,7 @@ def _entry(path: Path, key: str, value: Any, data_start: int, size: int) -> Entr
     except (TypeError, KeyError, ValueError):
         problem = "is not dtype, shape and data_offsets"
     else:
-        if not _is_shape(shape) or not all(type(n) is int and n >= 0 for n in (start, end)):
+        if not is_shape(shape) or not all(type(n) is int and n >= 0 for n in (start, end)):
             problem = "has a negative or broken shape or offset"
         elif not isinstance(dtype, str) or dtype not in DTYPES:
             problem = f"has the dtype {shown(dtype)}, which this version does not read"
@@ -205,8 +235,8 @@ def _entry(path: Path, key: str, value: Any, data_start: int, size: int) -> Entr
     return Entry(dtype, shape, data_start + start, data_start + end)
 
 
-def _is_shape(shape: tuple[Any, ...]) -> bool:
-    """Whether torch can count the elements (of an empty tensor too: it multiplies the other axes all the same)."""
+def is_shape(shape: tuple[Any, ...]) -> bool:
+    """Tell whether torch can count the elements (of an empty tensor too: it multiplies the other axes all the same)."""
     if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         return False
     numel: int = prod(max(n, 1) for n in shape)
