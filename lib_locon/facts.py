@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lib_locon.errors import LoconError
 from lib_locon.files.adapter import read_adapter
@@ -77,9 +77,14 @@ def counted_words(folders: Any) -> list[tuple[str, int]]:
     counted: Counter[str] = Counter()
     for tags in folders.values() if isinstance(folders, dict) else ():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
-            if isinstance(count, int) and tag.strip() and len(tag) <= MOST_LETTERS:
+            if is_count(count) and tag.strip() and len(tag) <= MOST_LETTERS:
                 counted[tag.strip()] += count
     return sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Tell whether a value of the metadata can be a number of pictures: sums of longer numbers cannot be printed."""
+    return isinstance(value, int) and abs(value) < 1 << 63
 
 
 def parsed(text: str) -> Any:

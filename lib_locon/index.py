@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from lib_locon.facts import Facts
 from lib_locon.files.reader import FileIdentity
+from lib_locon.files.untrusted_json import parse_readable
 
 log = logging.getLogger("lib_locon")
 T = TypeVar("T")
@@ -213,7 +214,7 @@ def _encoded(facts: Facts) -> str | None:
 def _decoded(text: str) -> Facts | None:
     try:
         found: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()
+            name: tuple(value) if isinstance(value, list) else value for name, value in parse_readable(text).items()
         }
         facts = Facts(**found)
     except (ValueError, TypeError, AttributeError):

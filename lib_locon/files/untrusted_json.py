@@ -55,6 +55,6 @@ def _is_shallow(text: bytes) -> bool:
 
 
 def _number(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
         raise ValueError(f"it has a number of {len(digits)} digits")
     return int(digits)

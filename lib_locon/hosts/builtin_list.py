@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, TypedDict
 
 from lib_locon.errors import LoconError
 from lib_locon.files.pickled import open_adapter
+from lib_locon.files.untrusted_json import parse_readable
 from lib_locon.library import Entry, Library
 
 _FIRST = ("ss_sd_model_name", "ss_resolution", "ss_clip_skip", "ss_num_train_images", "ss_tag_frequency")
@@ -57,6 +57,6 @@ def _value(written: Mapping[str, str], key: str) -> Any:
     """A table is read; a list stays the text that it is, as programs know it from the built-in."""
     text = written[key]
     try:
-        return json.loads(text) if text.startswith("{") else text
-    except (ValueError, RecursionError):
+        return parse_readable(text) if text.startswith("{") else text
+    except ValueError:
         return text

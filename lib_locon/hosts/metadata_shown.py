@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from lib_locon.cards import Card
-from lib_locon.facts import counted_words
+from lib_locon.facts import counted_words, is_count
 from lib_locon.hosts.cards_shown import size
 
 MOST_WORDS = 100
@@ -60,7 +60,7 @@ def _facts(card: Card, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     identity, facts = card.identity, card.facts
     yield "File", f"{card.names[0]}{card.path.suffix}"
     yield "Size", size(identity.size)
-    yield "Changed", datetime.fromtimestamp(identity.mtime_ns / 1e9).strftime("%Y-%m-%d %H:%M")
+    yield "Changed", _local_time(identity.mtime_ns / 1e9)
     yield "Family", card.family + (f", rank {card.rank}" if card.rank else "")
     if facts is not None:
         yield "Made for, by its tensors", facts.base
@@ -75,6 +75,14 @@ def _facts(card: Card, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     yield "Resolutions", _resolutions(metadata.get("ss_bucket_info"))
 
 
+def _local_time(seconds: float) -> str:
+    """Nothing for a time that no calendar has: a file may be given any."""
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
 def _day(seconds: Any) -> str:
     try:
         return datetime.fromtimestamp(float(seconds), timezone.utc).strftime("%Y-%m-%d")
@@ -84,7 +92,7 @@ def _day(seconds: Any) -> str:
 
 def _pictures(folders: Any) -> str:
     counts = [each.get("img_count") for each in _tables(folders)]
-    total = sum(count for count in counts if isinstance(count, int))
+    total = sum(count for count in counts if is_count(count))
     return str(total) if total else ""
 
 
@@ -93,7 +101,7 @@ def _resolutions(info: Any) -> str:
     found: dict[str, int] = {}
     for bucket in _tables(info.get("buckets") if isinstance(info, dict) else None):
         size, count = bucket.get("resolution"), bucket.get("count")
-        if isinstance(size, list) and len(size) == 2 and isinstance(count, int):
+        if isinstance(size, list) and len(size) == 2 and is_count(count):
             name = " × ".join(str(side)[:9] for side in size)
             found[name] = found.get(name, 0) + count
     first = sorted(found.items(), key=lambda item: -item[1])[:4]

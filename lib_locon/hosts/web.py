@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl
 
+from lib_locon.files.untrusted_json import parse
 from lib_locon.hosts.guard import Logins, is_local, may_ask
 
 log = logging.getLogger("lib_locon")
@@ -181,8 +182,8 @@ async def _body(receive: Receive) -> bytes:
 
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body) if body.strip() else None
-    except (ValueError, RecursionError) as error:
+        return parse(body.decode("utf-8-sig")) if body.strip() else None
+    except ValueError as error:
         raise WebError(400, "the request's body is no JSON") from error
 
 
