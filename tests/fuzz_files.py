@@ -21,6 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,16 @@ from torch import Tensor, nn
 
 import lib_locon
 from lib_locon.errors import FileError, PatchError
+from lib_locon.facts import FileMetadata, read_facts
 from lib_locon.families import ALPHA, FAMILIES, MAGNITUDES, SCALE
 from lib_locon.families.base import Family
 from lib_locon.files.adapter import Adapter
 from lib_locon.files.dialects import split_key
-from lib_locon.files.reader import DTYPES, SafetensorsFile
+from lib_locon.files.reader import DTYPES, FileIdentity, SafetensorsFile
+from lib_locon.hosts.builtin_list import builtin_list
+from lib_locon.hosts.web import encoded
 from lib_locon.inspection import inspect
+from lib_locon.library import Library
 from tests.conftest import ZooModel
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -108,6 +113,11 @@ def sound(rng: random.Random, model: nn.Module) -> Tensors:
         if rng.random() < 0.2:
             side = rng.choice([(parameters[name][0], 1), (1, *parameters[name][1:2])])
             own["dora_scale"] = torch.rand(side)
+        if rng.random() < 0.2:
+            sizes = [
+                float(rng.choice([size, size, 2 * size, 0, -1, 2**40, math.nan, math.inf])) for size in parameters[name]
+            ]
+            own["reshape_weight"] = torch.tensor(sizes, dtype=torch.float64)
         made |= {f"{prefix}{module}.{suffix}": tensor for suffix, tensor in own.items()}
     return made
 
@@ -201,6 +211,18 @@ def serialized(rng: random.Random, tensors: Mapping[str, Tensor], broken: bool) 
     return _break_bytes(rng, whole, len(text) + 8) if broken and rng.random() < 0.5 else whole
 
 
+STRANGE_JSON = (
+    '{"a": {"b": 3, "c": NaN}}',
+    '{"a": {"\\ud800": 3}}',
+    '{"a": {"b": ' + "9" * 4300 + "}}",
+    '{"a": {"b": ' + "9" * 9000 + "}}",
+    '{"a":' * 600 + "1" + "}" * 600,
+    "[" * 90 + "]" * 90,
+    "{" + "x" * 9000,
+)
+"""Values of the metadata that a list or a page is made of."""
+
+
 def metadata(rng: random.Random) -> dict[str, Any]:
     number = rng.choice([1, 8, 0, -1, 1e400, 10**400, math.nan, "8", None, [], True])
     config = {"r": number, "lora_alpha": rng.choice([1, number]), "use_rslora": rng.random() < 0.5}
@@ -209,6 +231,7 @@ def metadata(rng: random.Random) -> dict[str, Any]:
     return {
         rng.choice(["lora_adapter_metadata", "ss_network_args", "ss_output_name"]): json.dumps(config),
         "ss_network_args": rng.choice(["{}", "[]", "{", "None", '{"wd_on_output": 3}', "[" * 2000]),
+        rng.choice(["ss_tag_frequency", "ssmd_cover_images", "ss_bucket_info", "other"]): rng.choice(STRANGE_JSON),
     }
 
 
@@ -246,8 +269,10 @@ def check(path: Path) -> str:
     """What became of the file. Raises where a promise is broken: by any exception that is not meant for users.
 
     The promises: a FileError of one short line that names the file, or an adapter; all of the file's names are used or
-    reported; what does not fit is found before any weight is touched; weights are finite; the base comes back.
+    reported; lists can show it; what does not fit is found before any weight is touched; weights are finite; the base
+    comes back.
     """
+    _check_lists(path)
     try:
         json.dumps(inspect(path).as_json())
         adapter = lib_locon.load(path)
@@ -272,6 +297,14 @@ def check(path: Path) -> str:
     session.restore()
     _check_base(model, base)
     return "used" if report.adapters[0].used else "matches nothing"
+
+
+def _check_lists(path: Path) -> None:
+    """What lists and pages show of the file can be sent."""
+    metadata = FileMetadata(FileIdentity.of(path))
+    for told in (asdict(read_facts(path)), builtin_list(Library([path.parent])), dict(metadata)):
+        json.dumps(told, ensure_ascii=False).encode()
+        json.loads(encoded(told))
 
 
 def _check_base(model: nn.Module, base: Mapping[str, Tensor]) -> None:

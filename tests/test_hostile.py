@@ -253,6 +253,53 @@ def test_factors_of_any_dtype_count_by_their_value(
     assert torch.equal(model.linear.weight, base["linear.weight"] + 4)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        torch.tensor([8.0, math.inf]),
+        torch.tensor([8.0, -math.inf]),
+        torch.tensor([math.nan, 12.0]),
+        torch.tensor([8.5, 12.0]),
+        torch.tensor([8.0, 1e300], dtype=torch.float64),
+        torch.tensor([8, 2**63 - 1]),
+        torch.tensor([2**40, 2**40]),
+        torch.tensor([8, -12]),
+        torch.tensor([0, 12]),
+        torch.tensor([8.0, math.nan], dtype=torch.float16).to(torch.float8_e5m2),
+        torch.zeros(0),
+        torch.ones(2, 2),
+        torch.ones(9),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("header_only", [False, True])
+def test_a_stored_shape_that_is_none(
+    sizes: Tensor, header_only: bool, model: nn.Module, tmp_path: Path, write_adapter: WriteAdapter
+) -> None:
+    factors = {UP: torch.ones(8, 4), DOWN: torch.ones(4, 12), "reshape_weight": sizes}
+    adapter = lib_locon.load(write_adapter(tmp_path / "a.safetensors", {"linear": factors}), header_only=header_only)
+    (unread,) = adapter.modules[0].unread
+    assert (unread.key, unread.reason) == ("lora_unet_linear.reshape_weight", "it must be the sizes of a weight")
+    assert adapter.modules[0].layers[0].reshape == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_stored_shape_of_any_kind(dtype: torch.dtype, tmp_path: Path, write_adapter: WriteAdapter) -> None:
+    factors = {UP: torch.ones(8, 4), DOWN: torch.ones(4, 12), "reshape_weight": torch.tensor([8, 12]).to(dtype)}
+    adapter = lib_locon.load(write_adapter(tmp_path / "a.safetensors", {"linear": factors}))
+    assert (adapter.modules[0].layers[0].reshape, adapter.modules[0].unread) == ((8, 12), ())
+
+
+def test_a_stored_shape_of_nothing(tmp_path: Path, write_adapter: WriteAdapter) -> None:
+    modules = {
+        "linear": {UP: torch.ones(8, 4), DOWN: torch.ones(4, 12)},
+        "b": {"reshape_weight": torch.tensor([8, 12])},
+    }
+    adapter = lib_locon.load(write_adapter(tmp_path / "a.safetensors", modules))
+    said = [str(unread) for module in adapter.modules for unread in module.unread]
+    assert said == ["lora_unet_b.reshape_weight: a shape without factors"]
+
+
 @pytest.mark.parametrize("on_input", [torch.zeros(2), torch.zeros(0), torch.zeros(2, 2)], ids=str)
 def test_a_flag_that_is_no_single_number(on_input: Tensor, tmp_path: Path, write_adapter: WriteAdapter) -> None:
     path = write_adapter(tmp_path / "a.safetensors", {"linear": {"weight": torch.ones(8), "on_input": on_input}})

@@ -182,6 +182,8 @@ def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
         hints = replace(hints, reshape=source.shape(keys[RESHAPE]))
         if not hints.reshape:
             unread.append(Unread(RESHAPE, "it must be the sizes of a weight"))
+        elif not factors:
+            unread.append(Unread(RESHAPE, "a shape without factors"))
     markers = source.config.markers(written) if factors else {}
     if source.header_only and isinstance(source.file, SafetensorsFile) and not markers:
         entries = ((suffix, source.file.entries[key]) for suffix, key in factors.items())
