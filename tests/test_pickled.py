@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import lib_locon
 from lib_locon.errors import FileError
-from lib_locon.files import pickled
+from lib_locon.files import pickled, reader
 from lib_locon.library import Library
 from tests.conftest import TORCH
-from tests.fuzz_files import limited
+from tests.fuzz_files import limited, peak
 
 if TYPE_CHECKING:
     from tests.conftest import Zoo
@@ -146,6 +146,83 @@ def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     path = save(tmp_path / "a.pt", {key: tensor.to(dtype) for key, tensor in factors().items()})
     (layer,) = lib_locon.load(path, allow_pickle=True).modules[0].layers
     assert [tensor.dtype for tensor in layer.tensors().values()] == [dtype, dtype]
+
+
+def raw(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten().clone()
+    return bytes(flat.untyped_storage())[: flat.nbytes]
+
+
+DTYPES = [dtype for dtype in reader.DTYPES.values() if TORCH >= (2, 2) or "float8" not in str(dtype)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_are_those_that_torch_reads(dtype: torch.dtype, tmp_path: Path) -> None:
+    wide = (torch.arange(-30.0, 30.0).reshape(5, 12) * 1.25).to(dtype)
+    content = {
+        "plain": wide.clone(),
+        "a scalar": wide[2, 7].clone(),
+        "empty": torch.empty((3, 0), dtype=dtype),
+        "whole": wide,
+        "rows": wide[1:3],
+        "columns": wide[:, 2:4],
+        "steps": wide[::2, 1::3],
+        "turned": wide.T,
+        "turned part": wide[2:, 3:].T,
+        "repeated": wide[0, :1].expand(3, 2),
+    }
+    path = save(tmp_path / "a.pt", {**content, "much": torch.zeros(999)})  # views of one part share its bytes
+    known = torch.load(path, weights_only=True)
+    file = pickled.PickledFile(path)
+    with file.tensors() as data:
+        for key in content:
+            read = data.get_tensor(key)
+            assert (read.dtype, read.shape) == (dtype, known[key].shape)
+            assert raw(read) == raw(known[key]), key
+            assert file.meta(key).shape == read.shape
+
+
+def test_nothing_of_torch_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.pt", factors())
+    monkeypatch.setattr(torch, "load", None)
+    assert len(lib_locon.load(path, allow_pickle=True).modules) == 1
+
+
+def test_the_header_only_of_a_large_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", {**factors(), "x.diff": torch.zeros(30_000_000)})
+    before = peak(reset=True)
+    lib_locon.load(path, allow_pickle=True, header_only=True)
+    assert peak() - before < 60_000_000, "half of the file"
+
+
+def test_numbers_in_the_other_order(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", factors())
+    refused(rezipped(path, lambda name, part: b"big" if name.endswith("byteorder") else part), "the other way round")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b".",
+        b"}",
+        b"0.",
+        b"}}.",
+        b"h\x05.",
+        b"]K\x01K\x02s.",
+        b"})K\x01s.",
+        b"}K\x01a.",
+        b"ccollections\nOrderedDict\nK\x01R.",
+        b"ctorch\nFloatStorage\n)R.",
+        b"K\x01Q.",
+        b"]b.",
+        b"r\xff\xff\xff\xff.",
+        b"(" * 100_000 + b"t" * 100_000 + b".",
+    ],
+)
+def test_a_list_of_tensors_that_makes_no_sense(program: bytes, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.pt", factors())
+    change = lambda name, part: b"\x80\x02" + program if name.endswith("data.pkl") else part  # noqa: E731
+    refused(rezipped(path, change), str(path))
 
 
 def test_a_file_that_changed(tmp_path: Path) -> None:
