@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lib_locon
+from lib_locon.files.dialects import SUFFIX_ALIASES
+from lib_locon.files.hints import rank_of
 from tests.oracles import naive
 from tests.oracles.cases import Case, all_cases
 
@@ -95,9 +97,11 @@ def write_files(case: Case, folder: Path) -> Path:
 
 def peft_settings(case: Case, module: str = "layer") -> dict[str, object]:
     """What PEFT's configuration says of the case."""
+    shapes = {suffix: tuple(tensor.shape) for suffix, tensor in case.tensors.items()}
+    rank = rank_of({SUFFIX_ALIASES.get(suffix, suffix): shape for suffix, shape in shapes.items()}) or 1
     return {
-        "r": 1,
-        "lora_alpha": float(case.config.get("scale", 1.0)),
+        "r": rank,
+        "lora_alpha": float(case.config.get("scale", 1.0)) * rank,
         "use_cayley_neumann": case.config.get("use_cayley_neumann", True),
         "peft_type": "IA3" if case.family == "peft_ia3" else "LORA",
         "feedforward_modules": [module] if case.config.get("feedforward") else [],

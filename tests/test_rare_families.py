@@ -194,9 +194,9 @@ def test_an_infinite_alpha_that_is_not_used_does_no_harm(bench: Bench) -> None:
     ("settings", "scale"),
     [
         ({"r": 2, "lora_alpha": 8}, 4.0),
-        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.0),
+        ({"r": 2, "lora_alpha": 8, "use_rslora": True}, 8 / 2**0.5),
         ({"r": 2, "lora_alpha": 8, "alpha_pattern": {"linear": 2}}, 1.0),
-        ({"r": 2, "lora_alpha": 8, "rank_pattern": {"^linear$": 4}}, 2.0),
+        ({"r": 4, "lora_alpha": 8, "rank_pattern": {"^linear$": 2}}, 4.0),
         ({"lora_alpha": 8}, 4.0),
         ({}, 1.0),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lib_locon.families.base import Family
 from lib_locon.families.boft import BOFT, PeftBOFT
-from lib_locon.families.full import Full, FullBias, LoRABias, NormBias, NormWeight, SetWeight
+from lib_locon.families.full import Full, FullBias, LoRABias, NormBias, NormWeight, SetBias, SetWeight
 from lib_locon.families.glora import GLoRA, OldGLoRA
 from lib_locon.families.ia3 import IA3, PeftIA3
 from lib_locon.families.loha import LoHa, TuckerLoHa
@@ -16,14 +16,15 @@ from lib_locon.families.lokr import LoKr, TuckerLoKr
 from lib_locon.families.lora import EmbeddingLoRA, LoRA, SparseLoRA, TuckerLoRA
 from lib_locon.families.oft import DiagOFT, KohyaOFT, OldDiagOFT, SplitOFT
 from lib_locon.families.oftv2 import OneTrainerOFT, PeftOFT
+from lib_locon.families.started import OLoRA, PiSSA
 from lib_locon.families.tlora import TLoRA
 
 FAMILIES: tuple[type[Family], ...] = (
-    *(TuckerLoRA, SparseLoRA, LoRA, EmbeddingLoRA),
+    *(TuckerLoRA, SparseLoRA, PiSSA, OLoRA, LoRA, EmbeddingLoRA),
     *(TuckerLoHa, LoHa, TuckerLoKr, LoKr),
     *(IA3, PeftIA3, GLoRA, OldGLoRA),
     *(DiagOFT, BOFT, KohyaOFT, SplitOFT, OldDiagOFT, PeftOFT, OneTrainerOFT, PeftBOFT),
-    *(TLoRA, SetWeight, Full, FullBias, NormWeight, NormBias, LoRABias),
+    *(TLoRA, SetWeight, SetBias, Full, FullBias, NormWeight, NormBias, LoRABias),
 )
 """In the order of detection: where one family's suffixes hold another's, the larger stands first. Where two have the
 same suffixes, the shapes decide."""
@@ -51,5 +52,27 @@ UNSUPPORTED: dict[str, str] = {
     "fourierft_spectrum": "FourierFT",
     "lora_E": "AdaLoRA",
     "ranknum": "AdaLoRA",
+    "trainable_tokens_delta": "PEFT's trainable tokens",
+    "c3a_kernel": "C3A",
+    "miss_block": "MiSS",
+    "bone_block": "Bone",
+    "randlora_lambda": "RandLoRA",
+    "randlora_gamma": "RandLoRA",
+    "vblora_logits_A": "VB-LoRA",
+    "vblora_logits_B": "VB-LoRA",
+    "waveft_spectrum": "WaveFT",
+    "road_theta": "RoAd",
+    "road_alpha": "RoAd",
+    "shira_weight": "SHiRA",
+    "delora_lambda": "DeLoRA",
+    "gralora_A": "GraLoRA",
+    "gralora_B": "GraLoRA",
+    "hira_A": "HiRA",
+    "hira_B": "HiRA",
+    "psoft_R": "PSOFT",
+    "pvera_lambda_b": "PVeRA",
+    "pvera_lambda_d": "PVeRA",
+    "tinylora_v": "TinyLoRA",
+    "unilora_theta_d": "UniLoRA",
 }
 """Suffixes of families that are known by name and cannot be applied, so that a report can say which it is."""

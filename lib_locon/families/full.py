@@ -74,3 +74,11 @@ class SetWeight(Full):
 
     def delta(self, base: Tensor) -> Tensor:
         return self.diff.reshape(base.shape) - base
+
+
+@dataclass(frozen=True, eq=False)
+class SetBias(SetWeight):
+    """The same for a bias (PEFT's `bias` and `modules_to_save`)."""
+
+    parameter = "bias"
+    diff: Tensor = factor("set_bias", "out")

@@ -118,8 +118,10 @@ def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: b
 
 def _read(path: Path | str, *, header_only: bool, allow_pickle: bool) -> Adapter:
     file = open_adapter(path, allow_pickle)
-    grouped, unknown = _group(file)
-    config = read_config(file.path, file.metadata, any(is_peft(key) for key in file.entries))
+    grouped, unknown, plain = _group(file)
+    by_peft = any(is_peft(key) for key in file.entries)
+    config = read_config(file.path, file.metadata, _ranks(file, grouped) if by_peft else None)
+    unknown += _take_replaced(plain, grouped, config)
     hints = dora_side(file.metadata, [file.meta(key) for key in file.entries if key.endswith(".dora_scale")])
     with file.tensors() as data:
         source = _Source(file, data, header_only, config, hints, read_marks(file.metadata, file.entries))
@@ -134,15 +136,18 @@ def _read(path: Path | str, *, header_only: bool, allow_pickle: bool) -> Adapter
     return Adapter(file.path.stem, file.identity, file.metadata, modules, tuple(unknown), embeddings, sentences)
 
 
-def _group(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched]]:
-    """Module as written → suffix → key, and the keys that are no module's."""
+def _group(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched], dict[str, str]]:
+    """Module as written → suffix → key; the keys that are no module's; and those of plain weights and biases."""
     grouped: dict[str, dict[str, str]] = {}
     unknown: list[Unmatched] = []
+    plain: dict[str, str] = {}
     for key in file.entries:
         if key.startswith(PREFIX):
             continue
         split = split_key(key)
-        if split is None:
+        if split is None and key.endswith(".bias"):
+            plain[key] = key.removesuffix(".bias")
+        elif split is None:
             unknown.append(Unmatched(key, "no module's name with a known suffix"))
         elif split[1] in grouped.get(split[0], {}):
             unknown.append(Unmatched(key, f"a second {shown(split[1])} of the same module"))
@@ -150,14 +155,46 @@ def _group(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched]
             grouped.setdefault(split[0], {})[split[1]] = key
     # `weight` is IA3's, beside `on_input`; by itself it is any network's weight and no adapter's
     stray = [module for module, keys in grouped.items() if list(keys) == ["weight"]]
-    unknown += [Unmatched(grouped.pop(module)["weight"], "a plain weight, not an adapter's") for module in stray]
-    return grouped, unknown
+    plain |= {grouped.pop(module)["weight"]: module for module in stray}
+    return grouped, unknown, plain
+
+
+def _ranks(file: TensorFile, grouped: Mapping[str, Mapping[str, str]]) -> dict[str, int | None]:
+    """Module as written → its rank, where one shows."""
+    return {
+        written: rank_of({suffix: file.entries[key].shape for suffix, key in keys.items()})
+        for written, keys in grouped.items()
+    }
+
+
+def _take_replaced(plain: Mapping[str, str], grouped: dict[str, dict[str, str]], config: PeftConfig) -> list[Unmatched]:
+    """Adds PEFT's replaced weights and biases to `grouped`; returns the plain ones that are none, with the reason.
+
+    `plain` is key → module. PEFT saves modules that were trained whole (`modules_to_save`) and biases (`bias`) under
+    the names of the model's own parameters, behind its prefix; the level of the wrapped layer may stand in between.
+    """
+    left: list[Unmatched] = []
+    for key, written in plain.items():
+        parameter = key.rpartition(".")[2]
+        module = written.replace(".modules_to_save.default", "").removesuffix(".base_layer")
+        if not (written.startswith("base_model.model.") or config.replaces(written)):
+            left.append(Unmatched(key, "a plain weight, not an adapter's"))
+        elif ".original_module" in written or (written.endswith(".base_layer") and parameter == "weight"):
+            left.append(Unmatched(key, "the base's own weight, as it was before the training"))
+        elif f"set_{parameter}" in grouped.setdefault(module, {}):
+            left.append(Unmatched(key, f"a second {parameter} of the same module"))
+        else:
+            grouped[module][f"set_{parameter}"] = key
+    return left
 
 
 def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
     name = module_name(written)
     if name.dialect.rejected:
         return Module(name, (), (Unmatched(written, name.dialect.rejected),))
+    refusal = source.config.refusal(written)
+    if refusal and not keys.keys() <= {"set_weight", "set_bias"}:
+        return Module(name, (), (Unmatched(written, refusal),))
     keys, clashes = _renamed(keys, {**name.dialect.renames, **source.marks.renames})
     factors = {suffix: key for suffix, key in keys.items() if suffix not in (ALPHA, SCALE, RESHAPE)}
     unread: list[Unread] = []
@@ -184,7 +221,7 @@ def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
             unread.append(Unread(RESHAPE, "it must be the sizes of a weight"))
         elif not factors:
             unread.append(Unread(RESHAPE, "a shape without factors"))
-    markers = source.config.markers(written) if factors else {}
+    markers = source.config.markers(written, hints.scale) if factors else {}
     if source.header_only and isinstance(source.file, SafetensorsFile) and not markers:
         entries = ((suffix, source.file.entries[key]) for suffix, key in factors.items())
         known, left = _layers_of_shapes(tuple((s, entry.torch_dtype, entry.shape) for s, entry in entries), hints)
