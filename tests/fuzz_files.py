@@ -333,7 +333,6 @@ def _check_nothing_dropped(adapter: Adapter) -> None:
         module = modules[written]
         suffix = module.name.dialect.renames.get(suffix, suffix)
         used = {suffix for layer in module.layers for suffix in layer.family.tensors()}
-        used |= {name.removeprefix("onetrainer.") for name in used}
         beside = suffix in (*MAGNITUDES, ALPHA, SCALE, "reshape_weight") and (module.layers or module.unread)
         if suffix not in used and not beside and not module.name.dialect.rejected:
             raise AssertionError(f"{key!r} was dropped without a word")

@@ -54,7 +54,8 @@ class PiSSA(StartedLoRA):
 
     def start(self, base: Tensor, rank: int) -> Tensor:
         left, values, right = torch.linalg.svd(base, full_matrices=False)
-        return (left[:, :rank] * (values[:rank] / float(self.scale))) @ right[:rank]
+        start: Tensor = (left[:, :rank] * (values[:rank] / float(self.scale))) @ right[:rank]
+        return start
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,4 +67,5 @@ class OLoRA(StartedLoRA):
 
     def start(self, base: Tensor, rank: int) -> Tensor:
         q, r = torch.linalg.qr(base)
-        return q[:, :rank] @ r[:rank]
+        start: Tensor = q[:, :rank] @ r[:rank]
+        return start

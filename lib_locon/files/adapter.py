@@ -189,13 +189,13 @@ def _take_replaced(plain: Mapping[str, str], grouped: dict[str, dict[str, str]],
 
 
 def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
-    name = module_name(written)
+    name = source.marks.named(module_name(written))
     if name.dialect.rejected:
         return Module(name, (), (Unmatched(written, name.dialect.rejected),))
     refusal = source.config.refusal(written)
     if refusal and not keys.keys() <= {"set_weight", "set_bias"}:
         return Module(name, (), (Unmatched(written, refusal),))
-    keys, clashes = _renamed(keys, {**name.dialect.renames, **source.marks.renames})
+    keys, clashes = _renamed(keys, name.dialect.renames)
     factors = {suffix: key for suffix, key in keys.items() if suffix not in (ALPHA, SCALE, RESHAPE)}
     unread: list[Unread] = []
     numbers: dict[str, float] = {}

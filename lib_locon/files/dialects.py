@@ -58,7 +58,8 @@ class Dialect:
     rejected: str = ""
 
 
-_ONETRAINER = {"oft_R.weight": "onetrainer.oft_R.weight"}  # PEFT never writes underscored module names
+ONETRAINER = {"oft_R.weight": "onetrainer.oft_R.weight"}
+"""What suffixes mean in its files; without another mark, underscored names are one, which PEFT never writes."""
 _PARTS = {"unet.": "unet", "transformer.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2",
           "text_encoder_3.": "te3"}  # fmt: skip
 
@@ -69,12 +70,12 @@ PREFIXES: tuple[Dialect, ...] = (
     Dialect("lora_unet__", "Wan", rejected="Wan's video models are not supported"),
     Dialect("lora_prior_unet_", "Stable Cascade", rejected="Stable Cascade is not supported"),
     Dialect("lora_prior_te_", "Stable Cascade", rejected="Stable Cascade is not supported"),
-    Dialect("lora_unet_", "kohya", ("unet",), _ONETRAINER),
-    Dialect("lora_te1_", "kohya", ("te1",), _ONETRAINER),
-    Dialect("lora_te2_", "kohya", ("te2",), _ONETRAINER),
-    Dialect("lora_te3_", "kohya", ("te3",), _ONETRAINER),
-    Dialect("lora_te_", "kohya", ("te1", "te2"), _ONETRAINER),
-    Dialect("lora_transformer_", "OneTrainer", ("unet",), _ONETRAINER),
+    Dialect("lora_unet_", "kohya", ("unet",), ONETRAINER),
+    Dialect("lora_te1_", "kohya", ("te1",), ONETRAINER),
+    Dialect("lora_te2_", "kohya", ("te2",), ONETRAINER),
+    Dialect("lora_te3_", "kohya", ("te3",), ONETRAINER),
+    Dialect("lora_te_", "kohya", ("te1", "te2"), ONETRAINER),
+    Dialect("lora_transformer_", "OneTrainer", ("unet",), ONETRAINER),
     Dialect("oft_unet_", "kohya OFT", ("unet",), {"oft_blocks": "kohya_oft_blocks"}),
     Dialect("lycoris_", "LyCORIS"),
     *(Dialect(f"{part}base_model.model.", "PEFT", (component,)) for part, component in _PARTS.items()),

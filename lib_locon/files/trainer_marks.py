@@ -19,11 +19,10 @@ from torch import Tensor
 
 from lib_locon.arithmetic import matrix
 from lib_locon.families.build import Hints
+from lib_locon.files.dialects import ONETRAINER, ModuleName
 from lib_locon.files.hints import network_arguments, rank_of
 
 Shapes = Mapping[str, "tuple[int, ...]"]
-ONETRAINER = {"oft_R.weight": "onetrainer.oft_R.weight"}
-"""What the suffixes mean in a file of OneTrainer."""
 SPLIT = (
     "q, k and v were trained apart (kohya's split_qkv): its fused layers count with the trainer's alpha / network_dim, "
     "3 times (linear1: 4 times) the alpha / rank of other loaders"
@@ -46,6 +45,12 @@ class TrainerMarks:
     """The trainer's rank for linear layers (and 1×1 convolutions), and for larger convolutions."""
     alphas: tuple[float | None, float | None] = (None, None)
     """The same for alpha."""
+
+    def named(self, name: ModuleName) -> ModuleName:
+        """The module's name, in a dialect that knows what the suffixes mean in this file."""
+        if not self.renames:
+            return name
+        return replace(name, dialect=replace(name.dialect, renames={**name.dialect.renames, **self.renames}))
 
     def refine(self, hints: Hints, written: str, shapes: Shapes, read: Callable[[str], Tensor]) -> Hints:
         """The hints for one module, by its name, the shapes of its factors and, where needed, rows of a factor.
