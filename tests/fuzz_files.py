@@ -329,11 +329,12 @@ def _check_nothing_dropped(adapter: Adapter) -> None:
     for module in adapter.modules:
         said |= {item.key for item in module.unread}
     for key in set(SafetensorsFile(adapter.identity.path).entries) - said:
-        written, suffix = split_key(key) or ("", "")
-        module = modules[written]
+        written, suffix = split_key(key) or key.rsplit(".", 1)
+        module = modules[written.removesuffix(".base_layer")]
         suffix = module.name.dialect.renames.get(suffix, suffix)
         used = {suffix for layer in module.layers for suffix in layer.family.tensors()}
         beside = suffix in (*MAGNITUDES, ALPHA, SCALE, "reshape_weight") and (module.layers or module.unread)
+        used |= {name.removeprefix("set_") for name in used}  # PEFT's weights and biases in the place of the model's
         if suffix not in used and not beside and not module.name.dialect.rejected:
             raise AssertionError(f"{key!r} was dropped without a word")
 
