@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lib_locon.bake import bake, no_steps
-from lib_locon.errors import LoconError
+from lib_locon.errors import LoconError, printable
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.inspection import Inspection, inspect
 from lib_locon.library import Library
@@ -26,6 +31,9 @@ BAD_INPUT = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 on success, 2 with a sentence on stderr on bad input."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know no letters but English ones
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -79,7 +87,7 @@ def _inspect(options: argparse.Namespace) -> int:
         except LoconError as error:
             errors.append({"path": str(path), "error": str(error)})
     if options.json:
-        print(json.dumps({"adapters": [item.as_json() for item in found], "errors": errors}, ensure_ascii=False))
+        print(json.dumps({"adapters": [item.as_json() for item in found], "errors": errors}))
     elif found:
         print("\n\n".join(map(_inspection_text, found)))
     for failed in errors:
@@ -109,9 +117,9 @@ def _inspection_text(found: Inspection) -> str:
             rows["rounding"] = "; ".join(found.match.notes)
         if found.match.unmatched:
             rows["not used"] = summary(found.match.unmatched)
-    lines = [f"  {label:<13} {value}" for label, value in rows.items()]
+    lines = [f"  {label:<13} {printable(value)}" for label, value in rows.items()]
     lines += [f"    {item}" for item in (found.match.unmatched if found.match else found.unread)]
-    return "\n".join([found.name, *lines])
+    return "\n".join([printable(found.name), *lines])
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -127,10 +135,10 @@ def _bake(options: argparse.Namespace) -> int:
     parsed = parse_prompt(options.prompt)
     uses, problems = _uses(options.lora_dir, parsed, options.allow_pickle)
     for problem in (*parsed.warnings, *problems):
-        print(problem, file=sys.stderr)
+        print(printable(str(problem), lines=True), file=sys.stderr)
     if problems and not options.skip_bad:
         return _fail("nothing was written: a tag above cannot be used (--skip-bad goes on without it)")
-    with ProgressBar(sys.stderr, f"baking {options.output.name}") as bar:
+    with _signals_interrupt(), ProgressBar(sys.stderr, printable(f"baking {options.output.name}")) as bar:
         baked = bake(
             checkpoint, uses, options.output, options.prompt, bar.update,
             skip_bad=options.skip_bad, lossy=options.lossy,
@@ -144,10 +152,28 @@ def _bake(options: argparse.Namespace) -> int:
             "problems": [str(problem) for problem in (*parsed.warnings, *problems)],
             "seconds": round(time.perf_counter() - started, 3),
         }
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result))
     else:
-        print(*baked.adapters, f"{baked.output}: {baked.changed} of {baked.total} tensors changed", sep="\n")
+        lines = [*baked.adapters, f"{baked.output}: {baked.changed} of {baked.total} tensors changed"]
+        print(*(printable(str(line)) for line in lines), sep="\n")
     return 0
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """A request to end, or a terminal that is closed, interrupts as Ctrl-C does: no partial file is left behind."""
+    before: dict[int, Any] = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has one of them
+        # in the main thread alone can it be asked for; who started us with nohup wants us to go on
+        possible = number is not None and threading.current_thread() is threading.main_thread()
+        if possible and signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _uses(folders: Sequence[Path], parsed: Parsed, allow_pickle: bool) -> tuple[list[Use], list[Problem]]:
@@ -177,7 +203,7 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _fail(sentence: str) -> int:
-    print(sentence, file=sys.stderr)
+    print(printable(sentence), file=sys.stderr)
     return BAD_INPUT
 
 

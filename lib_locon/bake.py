@@ -100,7 +100,7 @@ def bake(
             done += len(chunk)
             progress(done, total)
 
-    write_safetensors(out, entries, {**checkpoint.metadata, RECIPE: _recipe(checkpoint, uses, prompt)}, data)
+    write_safetensors(out, entries, {**checkpoint.metadata, RECIPE: _recipe(checkpoint, uses, prompt)}, data, RECIPE)
     if str(cost):  # known only now, for it is measured while the weights are made
         rounded = [any(is_rounded(checkpoint, item.view.path) for item in found.matched) for found in matches]
         reports = [

@@ -9,13 +9,15 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lib_locon.errors import FileError
+from lib_locon.files.regular import inside, read_regular
+from lib_locon.files.untrusted_json import parse, parse_readable
 
 MAX_USER_METADATA = 1_000_000
 """Bytes of a `<file>.json`; a larger one is no user's notes."""
@@ -76,13 +78,10 @@ class UserMetadata:
 
 def read_user_metadata(path: Path) -> UserMetadata:
     """What stands in the JSON beside the adapter at `path`; nothing where that cannot be read."""
-    file = path.with_suffix(".json")
     try:
-        if file.stat().st_size <= MAX_USER_METADATA:
-            return UserMetadata.of(json.loads(file.read_text(encoding="utf8")))
-    except (OSError, ValueError, RecursionError):
-        pass  # no file, one that the user is writing, or one that is not meant for us
-    return UserMetadata()
+        return UserMetadata.of(_read(path.with_suffix(".json"), parse_readable))
+    except (FileError, ValueError):
+        return UserMetadata()  # no file, one that the user is writing, or one that is not meant for us
 
 
 def changed(before: Mapping[str, str | float], given: Mapping[str, Any]) -> dict[str, str | float]:
@@ -111,30 +110,40 @@ def _number(value: Any) -> float:
     return weight
 
 
-def save_user_metadata(path: Path, changes: Mapping[str, str | float]) -> None:
+def save_user_metadata(path: Path, changes: Mapping[str, str | float], folders: Iterable[Path] = ()) -> None:
     """Puts `changes` into the JSON beside the adapter at `path`; every other key stays as the file has it by now.
 
+    A link stays one, and leads to what is new, as long as that lies in the adapter's folder or one of `folders`.
+
     Raises FileError and leaves the file as it was: where what stands there is no JSON object (it is somebody's all the
-    same), and where it cannot be written.
+    same), where it would be too long to be read again, and where it cannot be written.
     """
     if not changes:
         return
-    file = Path(os.path.realpath(path.with_suffix(".json")))  # a link stays one, and leads to what is new
+    file = inside(path.with_suffix(".json"), (path.parent, *folders))
     with _SAVING:
         content = {**_kept(file), **changes}
         try:
-            _replace(file, json.dumps(content, indent=4, ensure_ascii=False))
+            text = json.dumps(content, indent=4, ensure_ascii=False)
+            size = len(text.encode("utf8"))
+            if size > MAX_USER_METADATA:
+                raise ValueError(f"it would have {size} bytes, and {MAX_USER_METADATA} are the most; shorten the notes")
+            _replace(file, text)
         except (OSError, ValueError, RecursionError) as error:
             raise FileError(f"{file.name} could not be written, and is as it was: {error}") from error
 
 
+def _read(file: Path, parse: Callable[[str], Any]) -> Any:
+    """What the JSON says; editors of Windows put a mark before it. Raises FileError and ValueError."""
+    return parse(read_regular(file, MAX_USER_METADATA).decode("utf-8-sig"))
+
+
 def _kept(file: Path) -> dict[str, Any]:
-    try:
-        size = file.stat().st_size
-        found = json.loads(file.read_text(encoding="utf8")) if size <= MAX_USER_METADATA else None
-    except FileNotFoundError:
+    if not os.path.lexists(file):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        found = _read(file, parse)
+    except (FileError, ValueError) as error:
         why = f"{file.name} is there and cannot be read as JSON, so nothing was written into it: {error}"
         raise FileError(why) from error
     if not isinstance(found, dict):

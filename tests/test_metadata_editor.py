@@ -96,9 +96,7 @@ def test_what_the_user_changed() -> None:
             changed(opened, {"preferred weight": weight})
 
 
-@pytest.mark.parametrize(
-    "content", ["{not json", "[1]", "5", "", '{"a": 1', "[" * 100_000, "\ufeff{}", b"\xff\xfe{", LONG]
-)
+@pytest.mark.parametrize("content", ["{not json", "[1]", "5", "", '{"a": 1', "[" * 100_000, b"\xff\xfe{", LONG])
 def test_a_file_of_another_kind_is_never_overwritten(path: Path, content: str | bytes) -> None:
     content = content if isinstance(content, bytes) else content.encode()
     path.with_suffix(".json").write_bytes(content)
@@ -158,7 +156,7 @@ def test_links_and_modes_stay(path: Path, tmp_path: Path) -> None:
     file.rename(real)
     file.symlink_to(real)
     real.chmod(0o640)
-    save_user_metadata(path, {"notes": "new"})
+    save_user_metadata(path, {"notes": "new"}, [tmp_path])
     assert file.is_symlink()
     assert json.loads(real.read_text(encoding="utf8"))["notes"] == "new"
     assert stat.S_IMODE(real.stat().st_mode) == 0o640

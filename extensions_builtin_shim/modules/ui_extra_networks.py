@@ -187,12 +187,13 @@ def preview_extensions() -> list[str]:
 def fetch_file(filename: str = "") -> Path:
     """A preview's file. Raises FileNotFoundError, and ValueError for anything but a picture in a page's folder."""
     path = Path(filename)
-    if not path.is_file():
-        raise FileNotFoundError(filename)
+    # by the name alone: to ask a disk about any name would, on Windows, log in to whatever server the name has in it
     if not any(Path(folder).absolute() in path.absolute().parents for folder in allowed_dirs) or ".." in path.parts:
         raise ValueError(f"{filename} is in no folder of a page")
     if path.suffix.lower()[1:] not in preview_extensions():
         raise ValueError(f"{filename} is no picture")
+    if not path.is_file():
+        raise FileNotFoundError(filename)
     return path
 
 

@@ -64,12 +64,18 @@ def _number(value: float) -> str:
     return f"{value:g}"
 
 
+MOST_PIXELS = 16_000_000
+"""Of a picture inside a file: a few kilobytes can claim to be gigabytes of it."""
+
+
 def cover_image(pages: Sequence[ExtraNetworksPage], name: str, item: str) -> tuple[bytes, str] | None:
     """The first picture inside an item's file, with its kind. Read and written anew, as the host does."""
     metadata = next((page.metadata.get(item) for page in pages if page.name == name), None) or {}
     try:
         images = json.loads(metadata.get("ssmd_cover_images", "[]"))
-        image = Image.open(io.BytesIO(base64.b64decode(images[0])))
+        image = Image.open(io.BytesIO(base64.b64decode(images[0])), formats=("PNG", "JPEG", "WEBP", "GIF"))
+        if image.width * image.height > MOST_PIXELS:
+            return None
         file = io.BytesIO()
         image.save(file, "PNG")
     except (ValueError, TypeError, LookupError, OSError, Image.DecompressionBombError):

@@ -15,6 +15,7 @@ from extensions_builtin_shim.app import App
 from extensions_builtin_shim.limits import BadRequest
 from extensions_builtin_shim.page.routes import ROUTES, Answer, NotFound, extension_file
 from extensions_builtin_shim.webui import Webui
+from lib_locon.files.untrusted_json import parse
 
 ADDRESS = "127.0.0.1"
 MAX_BODY = 64 * 1024  # bytes
@@ -131,14 +132,16 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> Mapping[str, object]:
         if self.headers.get_content_type() != "application/json":
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request must be application/json")
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()):
-            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request must say how long it is (Content-Length)")
-        if int(length[:12]) > MAX_BODY:
+        lengths = self.headers.get_all("Content-Length", [])
+        whole = all(length.isascii() and length.isdigit() for length in lengths)
+        if len(lengths) != 1 or not whole or "Transfer-Encoding" in self.headers:
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request must say how long it is (one Content-Length)")
+        digits = lengths[0].lstrip("0") or "0"
+        if len(digits) > len(str(MAX_BODY)) or int(digits) > MAX_BODY:
             raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a request may have {MAX_BODY} bytes")
         try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
+            body = parse(self.rfile.read(int(digits)).decode())
+        except ValueError as error:
             raise BadRequest(f"the request is no JSON: {error}") from error
         if not isinstance(body, dict):
             raise BadRequest("the request must be a JSON object")

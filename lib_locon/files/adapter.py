@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_locon.errors import FileChanged, FileError
+from lib_locon.errors import FileChanged, FileError, printable
 from lib_locon.families import ALPHA, RESHAPE, SCALE
 from lib_locon.families.build import Hints, Unread, build_layers
 from lib_locon.families.layer import Layer
@@ -40,8 +40,7 @@ class Unmatched:
 
     def __str__(self) -> str:
         """In one line: a key may hold anything, also what clears a terminal or turns the direction of writing."""
-        key = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.key)
-        return f"{key}: {self.reason}"
+        return f"{printable(self.key)}: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)

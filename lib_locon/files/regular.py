@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def open_regular(path: Path) -> FileIO:
         file.close()
         raise FileError(f"{path} cannot be read: it is no file but a pipe or a device")
     return file
+
+
+def inside(path: Path, folders: Iterable[Path]) -> Path:
+    """The file that `path` leads to, for writing. Raises FileError where that lies in none of these folders.
+
+    Folders may be links themselves: users keep their files on other disks. A link to a single file that leads out of
+    all of them would let whoever made it choose what is overwritten.
+    """
+    target = Path(os.path.realpath(path))
+    if not any(Path(os.path.realpath(folder)) in target.parents for folder in folders):
+        raise FileError(
+            f"{path.name} is a link that leads out of the adapter folder, so nothing was written through it"
+        )
+    return target
 
 
 def read_regular(path: Path, limit: int) -> bytes:

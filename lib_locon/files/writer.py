@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from lib_locon.errors import FileError
-from lib_locon.files.reader import Entry
+from lib_locon.files.reader import MAX_HEADER, Entry
 
 CHUNK = 16 << 20  # bytes copied at a time
 
@@ -19,29 +21,84 @@ def write_safetensors(
     entries: Mapping[str, Entry],
     metadata: Mapping[str, str],
     data: Callable[[str], Iterable[bytes]],
+    mark: str,
 ) -> None:
     """Writes `entries` with the bytes that `data(key)` yields, in the order of `entries`. All or nothing.
 
     It is written beside `path` under another name and moved into place when whole; after an error or an interrupt
-    neither is there. Raises FileError where the disk refuses, or where `data` yields another number of bytes than the
-    entry says.
+    neither is there. What a run that was killed has left under that name is replaced: it is known by `mark`, a key of
+    `metadata`. Raises FileError where the disk refuses, where another run is writing the same file or a file of
+    somebody else's has that name, and where `data` yields another number of bytes than the entry says.
     """
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open("xb") as file:
+        file = _begin(part, mark.encode())
+    except OSError as error:
+        raise FileError(f"{path} could not be written: {error.strerror or error}") from error
+    try:
+        with file:
             file.write(_header(entries, metadata))
             for key, entry in entries.items():
                 _write_tensor(file, key, entry, data(key))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except FileExistsError as error:
-        raise FileError(f"{part} is there already, from another run or one that was killed: remove it first") from error
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise FileError(f"{path} could not be written: {error.strerror or error}") from error
         raise
+
+
+def _begin(part: Path, mark: bytes) -> BinaryIO:
+    """The partial file, empty and locked as long as it is open. Raises FileError and OSError."""
+    while True:
+        try:
+            file: BinaryIO = part.open("xb")
+        except FileExistsError:
+            if not part.is_file():
+                raise FileError(f"{part} is there already, and is no file: remove it first") from None
+            file = part.open("r+b")
+        if not _lock(file):
+            file.close()
+            raise FileError(f"another run is writing {part} now: wait for it, or choose another name")
+        # the run that had the lock may have moved its file into place meanwhile: then that file is not the partial one
+        try:
+            same = os.path.samestat(os.fstat(file.fileno()), part.stat())
+        except FileNotFoundError:
+            same = False
+        if not same:
+            file.close()
+            continue
+        if not _begins_with(part, mark):
+            file.close()
+            raise FileError(f"{part} is there already, and not from such a run: remove it first")
+        file.seek(0)
+        file.truncate()
+        return file
+
+
+def _begins_with(part: Path, mark: bytes) -> bool:
+    """Whether the mark stands in the header of a partial file; an empty one is no loss to anybody."""
+    with part.open("rb") as file:
+        start = file.read(8)
+        return not start or mark in file.read(min(int.from_bytes(start, "little"), MAX_HEADER))
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Takes the file for this process, until it is closed; False where another process has it."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # a drive without locks takes none
+    return True
 
 
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:

@@ -7,12 +7,14 @@ the host's own, of any version since 3.41. Imported only where the host builds i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from lib_locon.cards import Card
 from lib_locon.errors import FileError
+from lib_locon.files.regular import inside
 from lib_locon.hosts.metadata_shown import facts_table, preview, sentence, words
 from lib_locon.user_metadata import KNOWN_BASES, UNKNOWN, changed, read_user_metadata, save_user_metadata
 
@@ -92,7 +94,7 @@ class MetadataEditor:
             return sentence("Not saved: the window does not show this card yet. Close it and open it again."), ""
         given = dict(zip(FIELDS, fields, strict=True))
         try:
-            save_user_metadata(card.path, changed(opened["values"], given))
+            save_user_metadata(card.path, changed(opened["values"], given), self._folders())
         except (FileError, ValueError) as error:
             return sentence(f"Not saved: {error}"), ""
         return "", name
@@ -110,9 +112,10 @@ class MetadataEditor:
             image = infotext_utils.image_from_url_text(gallery[min(number, len(gallery) - 1)])
             text, _ = images.read_info_from_image(image)
             file = self._page.preview_file(card)
+            inside(Path(file), (card.path.parent, *self._folders()))
             images.save_image_with_geninfo(image, text, file)
             self._page.lister.update_file_entry(file)
-        except (OSError, ValueError, AssertionError) as error:
+        except (OSError, ValueError, AssertionError, FileError) as error:
             return self._preview_of(card), sentence(f"Not replaced: {error}"), ""
         return self._preview_of(self._page.card(name)), "", name
 
@@ -144,6 +147,9 @@ class MetadataEditor:
     def _then_refresh(self, event: Any, *, close: bool) -> None:
         script = f"(name) => {{ window.loconSaved?.(name, {str(close).lower()}); }}"
         event.then(fn=None, inputs=[self._saved], outputs=[], **{_SCRIPT: script})
+
+    def _folders(self) -> list[Path]:
+        return [Path(folder) for folder in self._page.allowed_directories_for_previews()]
 
     def _preview_of(self, card: Card | None) -> str:
         return "" if card is None else preview(self._page.preview(card))

@@ -1,0 +1,211 @@
+"""What is opened, what is written where, and what reaches a terminal: files and texts that strangers made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lib_locon.cards import Cards
+from lib_locon.errors import FileError, printable
+from lib_locon.files.reader import Entry
+from lib_locon.files.writer import write_safetensors
+from lib_locon.hosts import _escape
+from lib_locon.library import Library
+from lib_locon.user_metadata import MAX_USER_METADATA, read_user_metadata, save_user_metadata
+
+EVIL = "style\x1b]0;title\x07\u202egnp.\r\nfake line\ud800"
+FACTORS = {"lora_unet_a.lora_up.weight": torch.ones(4, 1), "lora_unet_a.lora_down.weight": torch.ones(1, 4)}
+
+# ---- what lies beside an adapter
+
+STRANGE: dict[str, Callable[[Path], object]] = {
+    "a pipe": lambda path: os.mkfifo(path),
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": lambda path: path.mkdir(),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nowhere.json"),
+    "too long": lambda path: path.write_text(json.dumps({"notes": "x" * MAX_USER_METADATA})),
+    "too deep": lambda path: path.write_text('{"a":' * 5000),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe{\x00}\x00"),
+    "no object": lambda path: path.write_text("[1]"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes and devices with names are not there")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_whatever_is_in_the_place_of_notes_holds_nobody_up_and_is_not_written_over(kind: str, tmp_path: Path) -> None:
+    save_file(FACTORS, tmp_path / "x.safetensors")
+    STRANGE[kind](tmp_path / "x.json")
+    STRANGE[kind](tmp_path / "adapter_config.json")
+    started = time.monotonic()
+    (card,) = Cards(Library([tmp_path]), patience=20).all()
+    assert card.facts is not None and card.facts.families == ("LoRA",)
+    assert card.user.raw == ({} if kind != "no object" else card.user.raw)
+    if kind == "a link to nothing":  # inside the folder: it is made
+        save_user_metadata(tmp_path / "x.safetensors", {"notes": "n"})
+        assert read_user_metadata(tmp_path / "x.safetensors").notes == "n"
+    else:
+        with pytest.raises(FileError, match=r"x\.json is"):
+            save_user_metadata(tmp_path / "x.safetensors", {"notes": "n"})
+    assert time.monotonic() - started < 15
+
+
+def test_notes_with_the_mark_of_windows_editors_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"notes": "n", "own": 1}).encode())
+    save_user_metadata(tmp_path / "x.safetensors", {"description": "d"})
+    read = read_user_metadata(tmp_path / "x.safetensors")
+    assert (read.notes, read.description, read.raw["own"]) == ("n", "d", 1)
+
+
+def test_notes_that_could_not_be_read_again_are_not_saved(tmp_path: Path) -> None:
+    save_user_metadata(tmp_path / "x.safetensors", {"activation text": "a cat"})
+    with pytest.raises(FileError, match=f"it would have .* bytes, and {MAX_USER_METADATA} are the most"):
+        save_user_metadata(tmp_path / "x.safetensors", {"notes": "x" * MAX_USER_METADATA})
+    assert read_user_metadata(tmp_path / "x.safetensors").activation_text == "a cat"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_no_link_leads_a_save_out_of_the_adapter_folders(there: bool, tmp_path: Path) -> None:
+    folder, outside = tmp_path / "Lora", tmp_path / "config.json"
+    folder.mkdir()
+    if there:
+        outside.write_text("{}")
+    (folder / "x.json").symlink_to(outside)
+    with pytest.raises(FileError, match=r"x\.json is a link that leads out of the adapter folder"):
+        save_user_metadata(folder / "x.safetensors", {"notes": "n"})
+    assert outside.exists() == there and (not there or outside.read_text() == "{}")
+
+
+def test_links_inside_the_adapter_folders_are_followed(tmp_path: Path) -> None:
+    disk, folder = tmp_path / "disk", tmp_path / "Lora"
+    (disk / "sub").mkdir(parents=True)
+    folder.symlink_to(disk)  # the folder itself is on another disk
+    (disk / "notes.json").write_text("{}")
+    (disk / "sub" / "x.json").symlink_to(disk / "notes.json")
+    save_user_metadata(folder / "sub" / "x.safetensors", {"notes": "n"}, [folder])
+    assert json.loads((disk / "notes.json").read_text()) == {"notes": "n"}
+    with pytest.raises(FileError, match="leads out"):
+        save_user_metadata(folder / "sub" / "x.safetensors", {"notes": "m"})
+
+
+# ---- terminals
+
+
+def test_what_a_terminal_would_obey_is_escaped() -> None:
+    assert printable(EVIL) == "style\\x1b]0;title\\x07\\u202egnp.\\r\\nfake line\\ud800"
+    assert printable("a\nb\x1b", lines=True) == "a\nb\\x1b"
+    assert printable("naïve 名前 🎨") == "naïve 名前 🎨"
+
+
+def test_log_lines_are_escaped() -> None:
+    record = logging.LogRecord("lib_locon", logging.INFO, "", 1, "%s is here", (EVIL,), None)
+    assert _escape(record)
+    assert record.getMessage() == f"{printable(EVIL, lines=True)} is here"
+
+
+@pytest.mark.parametrize("encoding", ["utf8", "ascii"])
+def test_the_command_line_prints_no_control_characters(encoding: str, tmp_path: Path) -> None:
+    name = EVIL.replace("\ud800", "é名")
+    try:
+        save_file(FACTORS, tmp_path / f"{name}.safetensors", {"ss_output_name": name})
+    except OSError:
+        pytest.skip("this file system has no such names")
+    save_file({**FACTORS, name: torch.ones(1)}, tmp_path / "k.safetensors", {"ss_output_name": name})
+    (tmp_path / f"b{name}.safetensors").write_bytes(b"12")
+    save_file({"w": torch.ones(1)}, tmp_path / "base.ckpt.safetensors")
+    bake = ["bake", str(tmp_path / "base.ckpt.safetensors"), "--prompt", "<lora:style:1>", "--lora-dir", str(tmp_path)]
+    files = [str(path) for path in sorted(tmp_path.iterdir())]
+    for command in (["inspect", *files], ["inspect", "--json", *files], [*bake, "-o", str(tmp_path / "o.safetensors")]):
+        done = subprocess.run(
+            [sys.executable, "-m", "lib_locon", *command], capture_output=True, check=False,
+            env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        )  # fmt: skip
+        assert done.returncode in (0, 2) and b"Traceback" not in done.stderr
+        for output in (done.stdout, done.stderr):
+            text = output.decode(encoding)
+            assert all(char.isprintable() or char == "\n" for char in text), text
+            assert "\nfake line" not in text
+
+
+# ---- a bake that is stopped
+
+ENTRY = {"a": Entry("F32", (4,), 0, 16)}
+
+
+def written(path: Path) -> None:
+    write_safetensors(path, ENTRY, {"mark": "x"}, lambda key: [b"\0" * 16], "mark")
+
+
+def test_what_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    out, part = tmp_path / "o.safetensors", tmp_path / "o.safetensors.part"
+    written(out)
+    for left in (out.read_bytes()[:-3], b""):
+        part.write_bytes(left)
+        written(out)
+        assert not part.exists() and out.stat().st_size > 16
+
+
+@pytest.mark.parametrize("content", [b"somebody's download", b"\x10\0\0\0\0\0\0\0{}              "])
+def test_somebody_elses_file_of_that_name_is_kept(content: bytes, tmp_path: Path) -> None:
+    part = tmp_path / "o.safetensors.part"
+    part.write_bytes(content)
+    with pytest.raises(FileError, match="and not from such a run: remove it first"):
+        written(tmp_path / "o.safetensors")
+    assert part.read_bytes() == content
+
+
+def test_two_runs_never_write_one_file(tmp_path: Path) -> None:
+    said = []
+
+    def data(key: str) -> list[bytes]:
+        with pytest.raises(FileError, match="another run is writing") as caught:
+            written(tmp_path / "o.safetensors")
+        said.append(caught.value)
+        return [b"\1" * 16]
+
+    write_safetensors(tmp_path / "o.safetensors", ENTRY, {"mark": "x"}, data, "mark")
+    assert said and (tmp_path / "o.safetensors").read_bytes().endswith(b"\1" * 16)
+    assert not (tmp_path / "o.safetensors.part").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_bake_that_is_told_to_end_leaves_no_partial_file(name: str, tmp_path: Path) -> None:
+    weights = {f"model.diffusion_model.a{i}.weight": torch.zeros(1500, 1500) for i in range(24)}
+    save_file(weights, tmp_path / "base.safetensors")
+    (tmp_path / "L").mkdir()
+    factors = {f"lora_unet_a{i}.lora_up.weight": torch.ones(1500, 2) for i in range(24)}
+    factors |= {f"lora_unet_a{i}.lora_down.weight": torch.ones(2, 1500) for i in range(24)}
+    save_file(factors, tmp_path / "L" / "b.safetensors")
+    out = tmp_path / "o.safetensors"
+    command = [
+        sys.executable,
+        "-m",
+        "lib_locon",
+        "bake",
+        "base.safetensors",
+        "--prompt",
+        "<lora:b:1>",
+        "--lora-dir",
+        "L",
+    ]
+    running = subprocess.Popen([*command, "-o", out.name], cwd=tmp_path, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
+    part = tmp_path / "o.safetensors.part"
+    while running.poll() is None and not (part.exists() and part.stat().st_size > 1 << 20):
+        time.sleep(0.01)
+    running.send_signal(getattr(signal, name))
+    _, error = running.communicate(timeout=60)
+    assert (running.returncode, b"interrupted" in error) == (2, True), error
+    assert not part.exists() and not out.exists()
