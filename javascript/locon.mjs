@@ -13,7 +13,7 @@ const [completion, tags, texts] = await Promise.all(
   ["./locon_completion.mjs", "./locon_tags.mjs", "./locon_texts.mjs"].map(beside),
 );
 const { completed, keyed, openTag, othersComplete, wordNow } = completion;
-const { adapterTags, nameInserted, namesIn, toggled, withSnippet } = tags;
+const { adapterTags, calledIn, nameInserted, toggled, withSnippet } = tags;
 const { around, forPrompt, withWord } = texts;
 
 const CARDS = ".card[data-locon-names]";
@@ -75,16 +75,18 @@ function tabOf(card) {
 
 /** The host's own toggle knows only `<type:name:number>`, so a negative or longer tag would get a second copy. */
 function cardClicked(tab, text, negative, allowNegative) {
-  if (text === "") return; // a file whose name no tag can hold; the host would take every separator out of the prompt
+  if (text === "") return; // a card that inserts nothing: the host would take every separator out of the prompt
   const name = nameInserted(text);
   if (name === null || allowNegative) {
     hostsCardClicked?.(tab, text, negative, allowNegative);
     return;
   }
   const separator = window.opts?.extra_networks_add_text_separator ?? " ";
-  const names = cards().map(namesOf).find((known) => known.includes(name)) ?? [];
+  const all = cards().map(namesOf);
+  const names = all.find((known) => known.includes(name)) ?? [];
+  const others = all.filter((known) => known !== names).flat();
   const area = promptOf(tab);
-  const after = toggled(area.value, text, { names, separator });
+  const after = toggled(area.value, text, { names, others, separator });
   change(area, after.text);
   if (negative) {
     const negativeArea = promptOf(tab, "neg_prompt");
@@ -95,12 +97,11 @@ function cardClicked(tab, text, negative, allowNegative) {
 
 /** Marks the cards whose adapter is in the prompt of their tab. */
 function markCards() {
-  const used = new Map();
-  for (const card of cards()) {
-    const tab = tabOf(card);
-    if (tab === undefined) continue;
-    if (!used.has(tab)) used.set(tab, namesIn(promptOf(tab)?.value ?? ""));
-    card.classList.toggle("locon-used", namesOf(card).some((name) => used.get(tab).has(name)));
+  const all = cards();
+  for (const tab of new Set(all.map(tabOf))) {
+    const shown = all.filter((card) => tab !== undefined && tabOf(card) === tab);
+    const used = calledIn(promptOf(tab)?.value ?? "", shown.map(namesOf));
+    for (const [place, card] of shown.entries()) card.classList.toggle("locon-used", used.has(place));
   }
 }
 

@@ -1,20 +1,46 @@
 // Adapter tags in a prompt, as plain text: no DOM in here, so that it runs under node in the tests.
 
-// The host's own pattern for a tag, for the two kinds that are adapters'. What is inside may be anything but ">".
-const TAG = /<(?:lora|lyco):([^>]+)>/g;
+// The host's own pattern for a tag, of any kind: one begun inside another is none. What it holds is anything but ">".
+const TAG = /<([\p{L}\p{N}_]+):([^>]+)>/gu;
+const KINDS = ["lora", "lyco"];
 
-/** Every adapter tag of a text: where it stands, and the name it begins with. */
+/** Every adapter tag of a text: where it stands, and the name it begins with, as it is written. */
 export function adapterTags(text) {
-  return Array.from(text.matchAll(TAG), (match) => ({
+  // none ends behind the last ">": to look for an end there from each "<" would take the square of the text's length
+  const found = text.slice(0, text.lastIndexOf(">") + 1).matchAll(TAG);
+  return Array.from(found).filter((match) => KINDS.includes(match[1])).map((match) => ({
     start: match.index,
     end: match.index + match[0].length,
-    name: match[1].split(":", 1)[0].trim(),
+    name: match[2].split(":", 1)[0],
   }));
 }
 
-/** The names that the adapter tags of a text call. */
+/** A name as names are compared: one form of Unicode, and no blanks at the ends of its own name and its folders'. */
+export function tidy(name) {
+  return name.normalize("NFC").split("/").map((part) => part.trim()).join("/");
+}
+
+/** The names that the adapter tags of a text call, as they are written. */
 export function namesIn(text) {
   return new Set(adapterTags(text).map((tag) => tag.name));
+}
+
+/** The places of those of some adapters that the tags of a text call. `adapters` are lists of names. */
+export function calledIn(text, adapters) {
+  const written = namesIn(text);
+  const called = new Set();
+  const exact = new Set();
+  for (const [place, names] of adapters.entries()) {
+    for (const name of names) {
+      if (!written.has(name)) continue;
+      called.add(place);
+      exact.add(name);
+    }
+  }
+  const others = new Set([...written].filter((name) => !exact.has(name)).map(tidy));
+  if (others.size === 0) return called;
+  for (const [place, names] of adapters.entries()) if (names.some((name) => others.has(tidy(name)))) called.add(place);
+  return called;
 }
 
 /** The name in what a card inserts; null where that is no adapter's tag. */
@@ -25,12 +51,16 @@ export function nameInserted(inserted) {
 
 /**
  * A prompt after a click on a card: without every tag that calls the adapter by one of its names, whatever numbers and
- * keys it has, or, where there was none, with the card's text at its end.
+ * keys it has, or, where there was none, with the card's text at its end. `others` are the names of other adapters: a
+ * tag that has exactly one of these is not this adapter's.
  */
-export function toggled(text, inserted, { names = [], separator = " " } = {}) {
+export function toggled(text, inserted, { names = [], others = [], separator = " " } = {}) {
   const [own] = adapterTags(inserted);
-  const called = new Set([own.name, ...names]);
-  const found = adapterTags(text).filter((tag) => called.has(tag.name));
+  const exact = new Set([own.name, ...names]);
+  const nearly = new Set([...exact].map(tidy));
+  const taken = new Set(others);
+  const calls = (name) => exact.has(name) || (!taken.has(name) && nearly.has(tidy(name)));
+  const found = adapterTags(text).filter((tag) => calls(tag.name));
   if (found.length === 0) return { text: appended(text, inserted, separator), added: true };
   const activation = inserted.slice(own.end);
   const kept = found.reverse().reduce((rest, tag) => without(rest, tag.start, tag.end, separator, activation), text);

@@ -22,7 +22,9 @@ export function withWord(text, word) {
   const parts = text.split(",");
   const place = parts.findIndex((part) => part.trim() === word);
   if (place < 0) {
-    const kept = text.replace(/[\s,]+$/, "");
+    let end = text.length;
+    while (end > 0 && /[\s,]/.test(text[end - 1])) end -= 1; // a pattern would begin anew in each row of blanks
+    const kept = text.slice(0, end);
     return kept === "" ? word : `${kept}, ${word}`;
   }
   parts.splice(place, 1);

@@ -11,7 +11,9 @@ from pathlib import Path
 from lib_locon.errors import FileError
 from lib_locon.facts import Facts, FactsIndex
 from lib_locon.files.reader import FileIdentity
-from lib_locon.library import Entry, Library
+from lib_locon.library import ENOUGH_DIGITS, Entry, Library
+from lib_locon.naming import Lookup, Table, in_a_tag, quoted
+from lib_locon.naming import fits_into_a_tag as _fits_into_a_tag
 from lib_locon.user_metadata import KNOWN_BASES, UserMetadata, read_user_metadata
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif")
@@ -19,7 +21,7 @@ PICTURES = ("png", "jpg", "jpeg", "webp", "gif")
 
 @dataclass(frozen=True)
 class Card:
-    """One file. `name` is unique among the cards; `tag` is the name to write, empty where no tag can hold one.
+    """One file. `name` is unique among the cards; `tag` is the name to write, by which a tag finds this very file.
 
     `facts` is None while its header waits to be read.
     """
@@ -61,10 +63,8 @@ class Card:
 
     @property
     def problem(self) -> str:
-        """Why the file, or its name, cannot be used."""
-        if self.facts is not None and self.facts.problem:
-            return self.facts.problem
-        return "" if self.tag else f"no tag can hold the name {self.name!r} (because of : or >): rename the file"
+        """Why the file cannot be used."""
+        return self.facts.problem if self.facts is not None else ""
 
     @property
     def search_terms(self) -> tuple[str, ...]:
@@ -116,7 +116,7 @@ class Cards:
         """The card of that name."""
         files = self._files()
         names = _Names(files)
-        wanted = [file for file in files if _shortest(file.entry, names) == name]
+        wanted = [file for file in files if names.shortest(file.entry) == name]
         self.index.read((file.identity for file in wanted), self.patience)
         return next(iter(self._cards(wanted, files, prefer_alias)), None)
 
@@ -129,7 +129,7 @@ class Cards:
 
     def _cards(self, wanted: Iterable[_File], files: Sequence[_File], prefer_alias: bool) -> list[Card]:
         known = [self.index.known(file.identity) for file in files]
-        names = _Names(files, [facts.alias for facts in known if facts])
+        names = _Names(files, [(facts.alias, file.entry) for facts, file in zip(known, files, strict=True) if facts])
         folders = _Folders()
         sure = prefer_alias and None not in known  # a file that was not read yet may have the same alias
         return [self._card(file, names, folders, sure) for file in wanted]
@@ -137,13 +137,12 @@ class Cards:
     def _card(self, file: _File, names: _Names, folders: _Folders, prefer_alias: bool) -> Card:
         entry, facts = file.entry, self.index.known(file.identity)
         alias = facts.alias if facts else ""
-        name = _shortest(entry, names)
-        choices = [alias] if prefer_alias and alias and names.is_of_one(alias) else []
-        tag = next((choice for choice in (*choices, name, entry.name) if _fits_into_a_tag(choice)), "")
+        name, digest = names.shortest(entry), self.hash_of(file.identity)
+        tag = names.tag(entry, alias if prefer_alias else "", digest)
         return Card(
             name, tag, entry.path, file.identity, file.created, facts,
             folders.user_metadata(entry.path), folders.picture(entry.path),
-            tuple(dict.fromkeys(filter(None, (entry.name, entry.stem, alias)))), self.hash_of(file.identity),
+            tuple(dict.fromkeys(filter(None, (entry.name, entry.stem, alias, tag)))), digest,
         )  # fmt: skip
 
 
@@ -162,26 +161,25 @@ class _File:
 
 
 class _Names:
-    """Which names lead to one file only."""
+    """Which names lead to which file. `aliases` are (alias, file) of the files that were read."""
 
-    def __init__(self, files: Sequence[_File], aliases: Iterable[str] = ()) -> None:
-        self.stems = Counter(file.entry.stem for file in files)
-        self.paths = {file.entry.name for file in files}
-        self.aliases = Counter(aliases)
+    def __init__(self, files: Sequence[_File], aliases: Sequence[tuple[str, Entry]] = ()) -> None:
+        self._stems = Counter(file.entry.stem for file in files)
+        self._paths = {file.entry.name for file in files}
+        table = Table(aliases)
+        self._lookup = Lookup([(file.entry.name, file.entry) for file in files], lambda: table)
 
-    def is_of_one(self, alias: str) -> bool:
-        """Whether a tag with this alias finds its file: names and stems come first."""
-        return self.aliases[alias] == 1 and alias not in self.paths and not self.stems[alias]
+    def shortest(self, entry: Entry) -> str:
+        """The file's own name where it alone has that, else with its folder."""
+        alone = self._stems[entry.stem] == 1 and (entry.stem == entry.name or entry.stem not in self._paths)
+        return entry.stem if alone else entry.name
 
-
-def _shortest(entry: Entry, names: _Names) -> str:
-    """The file's own name where it alone has that, else with its folder."""
-    alone = names.stems[entry.stem] == 1 and (entry.stem == entry.name or entry.stem not in names.paths)
-    return entry.stem if alone else entry.name
-
-
-def _fits_into_a_tag(name: str) -> bool:
-    return bool(name) and name == name.strip() and not any(mark in name for mark in ":>")
+    def tag(self, entry: Entry, alias: str, digest: str) -> str:
+        """What to write into a tag: the first of these that fits into one and leads to the file, and to no other."""
+        name = self.shortest(entry)
+        choices = (alias, name, entry.name, in_a_tag(name), in_a_tag(entry.name), quoted(entry.name))
+        found = (each for each in choices if _fits_into_a_tag(each) and tuple(self._lookup.find(each)) == (entry,))
+        return next(found, f"#{digest[:ENOUGH_DIGITS]}" if digest else in_a_tag(entry.name))
 
 
 def _says_more(label: str, than: str) -> bool:

@@ -68,7 +68,7 @@ class Trial:
         problems: list[Problem] = []
         for request in requests:
             try:
-                adapter, found = files.of(request.name)
+                adapter, found = files.of(request.called)
                 pairs.append((Use(adapter, request.strengths, request.dyn, request.name), found))
             except LoconError as error:
                 problems.append(Problem(f"{error}; {request.name!r} was skipped"))

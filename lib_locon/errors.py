@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
+from lib_locon.naming import look_alike
+
 MOST_NAMED = 5
 """Names in a sentence."""
 MOST_LETTERS = 200
@@ -66,6 +68,8 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def ambiguous(name: str, found: Sequence[str]) -> str:
     """That a name leads to several files."""
+    if look_alike(found):
+        found = list(map(ascii, found))  # the difference is in what is not seen
     more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
     return f"{name!r} could be any of these: {', '.join(found[:MOST_NAMED])}{more}. Write the one that you mean in full"
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lib_locon.absent import why_absent
 from lib_locon.errors import FileError, UnknownName, ambiguous, near
 from lib_locon.files.hashes import hashes_of
 from lib_locon.files.pickled import ENDINGS as PICKLED
 from lib_locon.files.reader import FileIdentity, SafetensorsFile
+from lib_locon.folders import walk
+from lib_locon.naming import Lookup, Table
 
 ENDINGS = (".safetensors",)
 LEAST_DIGITS, ENOUGH_DIGITS = 8, 12
@@ -86,16 +89,28 @@ class Library:
         self.folders = [Path(folder) for folder in folders]
         self.allow_pickle = allow_pickle
         self._entries: list[Entry] = []
-        self._seen: dict[str, int] = {}
+        self._lookup: tuple[list[Entry], Lookup[Entry]] | None = None
+        """The entries that it was made of, and it: one for each listing."""
+        self._seen: dict[str, tuple[int, str]] = {}
+        """Each folder that was looked into, with its time of change and what stands before the names in it."""
         self._lock = threading.Lock()
 
     @property
     def entries(self) -> list[Entry]:
         """Every adapter, sorted by name; listed anew when a folder has changed since."""
         with self._lock:
-            if not self._seen or any(_changed(folder) != time for folder, time in self._seen.items()):
+            if not self._seen or any(_changed(folder) != time for folder, (time, _) in self._seen.items()):
                 self._list()
             return self._entries
+
+    @property
+    def lookup(self) -> Lookup[Entry]:
+        """Which of the entries a name means; hashes are no names."""
+        entries, known = self.entries, self._lookup
+        if known is None or known[0] is not entries:
+            paths = ((entry.name, entry) for entry in entries)
+            known = self._lookup = entries, Lookup(paths, lambda: Table((entry.alias, entry) for entry in entries))
+        return known[1]
 
     def refresh(self) -> None:
         """Lists the folders again."""
@@ -107,30 +122,29 @@ class Library:
         self._seen = {}
         # by what the names lead to: one file is one adapter, under the first of its names, however often it is reached
         found: dict[str, Entry] = {}
-        for folder in self.folders:
-            for entry in _walk(folder, endings, self._seen):
-                found.setdefault(os.path.realpath(entry.path), entry)
-        safe = {entry.path.with_suffix("") for entry in found.values() if entry.path.suffix.lower() in ENDINGS}
-        kept = (
-            entry
-            for entry in found.values()
-            if entry.path.suffix.lower() in ENDINGS or entry.path.with_suffix("") not in safe
-        )
+        for top in self.folders:
+            for folder in walk(top):
+                self._seen[folder.path] = _changed(folder.path), folder.prefix
+                for file, real in folder.files:
+                    stem, ending = _parted(file)
+                    if ending.lower() in endings:
+                        found.setdefault(real, Entry(folder.prefix + stem, Path(folder.path, file)))
+        kept = _without_less_safe(found.values()) if self.allow_pickle else found.values()
         self._entries = sorted(kept, key=lambda entry: (entry.name.lower(), entry.name))
 
     def find(self, name: str) -> Entry:
         """By path inside the folder, else by file name, by the alias in the metadata, by hash. Raises UnknownName.
 
-        Two files that answer to the same name are an error that names both, never a guess. A hash is written as `#` and
-        8 digits or more, of the whole file's or of its tensors'. It is computed: the first time, files are read whole.
+        First by the name as it is, then in the composed form of Unicode, then without blanks at its ends; what is
+        written as `%3A` is a colon too. Two files that answer to the same name are an error that names both, never a
+        guess. A hash is written as `#` and 8 digits or more, of the whole file's or of its tensors'. It is computed:
+        the first time, files are read whole.
         """
-        entries = self.entries if name else []
-        for kind in ("name", "stem", "alias"):
-            found = [entry for entry in entries if getattr(entry, kind) == name]
-            if found:
-                return only(found, name)
-        if _HASH.fullmatch(name):
-            return self._with_hash(name)
+        found = self.lookup.find(name)
+        if found:
+            return only(found, name)
+        if _HASH.fullmatch(name.strip()):
+            return self._with_hash(name.strip())
         raise UnknownName(self._not_found(name))
 
     def _with_hash(self, name: str) -> Entry:
@@ -155,7 +169,13 @@ class Library:
 
     def _not_found(self, name: str) -> str:
         names = (word for entry in self.entries for word in (entry.alias, entry.name, entry.stem) if word)
-        return f"there is no adapter {name!r} in {self._places()}{near(name, names)}"
+        why = self.why_absent(name) or near(name, names)
+        return f"there is no adapter {name.strip()!r} in {self._places()}{why}"
+
+    def why_absent(self, name: str) -> str:
+        """What is there of that name and is no adapter, as the rest of a sentence; empty where nothing is."""
+        folders = {folder: prefix for folder, (_, prefix) in self._seen.items()}
+        return why_absent(name, folders, [entry.name for entry in self.entries])
 
 
 def without_folder(text: str, path: Path, shown: str = "") -> str:
@@ -181,21 +201,16 @@ def only(found: Sequence[Entry], name: str) -> Entry:
     return found[0]
 
 
-def _walk(folder: Path, endings: Sequence[str], seen: dict[str, int]) -> Iterator[Entry]:
-    """The adapters below `folder`. Adds each folder that it looked into to `seen`, with its time of change."""
-    # links are followed, as the webui does: many users keep their files on another disk; a loop is walked once
-    walked: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in walked:
-            folders.clear()
-            continue
-        walked.add(real)
-        seen[root] = _changed(root)
-        for file in files:
-            path = Path(root, file)
-            if path.suffix.lower() in endings and path.is_file():  # not a link to nothing
-                yield Entry(path.relative_to(folder).with_suffix("").as_posix(), path)
+def _parted(file: str) -> tuple[str, str]:
+    """A file's name and its ending, as pathlib parts them: one that begins with its only dot has no ending."""
+    dot = file.rfind(".")
+    return (file[:dot], file[dot:]) if 0 < dot < len(file) - 1 else (file, "")
+
+
+def _without_less_safe(entries: Collection[Entry]) -> list[Entry]:
+    """Without pickled files beside a safetensors file of the same name."""
+    safe = {entry.path.with_suffix("") for entry in entries if entry.path.suffix.lower() in ENDINGS}
+    return [e for e in entries if e.path.suffix.lower() in ENDINGS or e.path.with_suffix("") not in safe]
 
 
 def _changed(folder: str) -> int:

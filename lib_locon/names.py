@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lib_locon.cards import Card, fits
 from lib_locon.errors import ambiguous, near
+from lib_locon.naming import Lookup, Table
 from lib_locon.prompt.completion import ranked
 
 
 class Names:
-    """Those of some cards, as they were when this was made."""
+    """Those of some cards, as they were when this was made. `why_absent` as a library's."""
 
-    def __init__(self, cards: Sequence[Card]) -> None:
+    def __init__(self, cards: Sequence[Card], why_absent: Callable[[str], str] = lambda _: "") -> None:
         self._choices = [(card, card.names) for card in cards if card.tag]
         self.complete = all(card.facts is not None for card in cards)
         """Whether every header was read, so that every alias is known."""
-        paths: dict[str, list[str]] = {}
-        stems: defaultdict[str, list[str]] = defaultdict(list)
-        aliases: defaultdict[str, list[str]] = defaultdict(list)
-        for card in cards:
-            path = card.names[0]
-            paths[path] = [path]
-            stems[path.rpartition("/")[2]].append(path)
-            if card.facts and card.facts.alias:
-                aliases[card.facts.alias].append(path)
-        self._files = {**aliases, **stems, **paths}  # the library's order: what comes last here, it asks first
+        aliases = Table((card.facts.alias, card) for card in cards if card.facts and card.facts.alias)
+        self._lookup = Lookup([(card.names[0], card) for card in cards], lambda: aliases)
+        self._known = dict.fromkeys(name for card in cards for name in card.names)
+        self._why_absent = why_absent
         self._said: dict[str, str] = {}
 
     def search(self, text: str, model: str = "") -> list[Card]:
@@ -40,10 +34,12 @@ class Names:
 
         The library's own answer would do, but for a name that is not there it reads the headers of all files again.
         """
-        files = self._files.get(name, [])
-        if len(files) == 1:
+        found = self._lookup.find(name)
+        if len(found) == 1:
             return ""
         if name not in self._said:
-            none = f"there is no adapter {name!r}{near(name, self._files)}"
-            self._said[name] = ambiguous(name, files) if files else none
+            paths = [card.names[0] for card in found]
+            why = "" if found else self._why_absent(name) or near(name, self._known)
+            absent = f"there is no adapter {name.strip()!r}{why}"
+            self._said[name] = ambiguous(name.strip(), paths) if found else absent
         return self._said[name]

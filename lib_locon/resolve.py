@@ -99,7 +99,7 @@ def find(requests: Iterable[Request], library: Library, cache: AdapterCache) -> 
     problems: list[Problem] = []
     for request in requests:
         try:
-            entry = library.find(request.name)
+            entry = library.find(request.called)
         except UnknownName as error:
             problems.append(Missing(f"{error}; {request.name!r} was skipped"))
             continue

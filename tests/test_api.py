@@ -272,7 +272,7 @@ OUTSIDE = [
     "../outside", "..\\outside", "sub/../../outside", "./tiny_lora", "sub/./conv", "sub//conv", "/etc/passwd", "sub/..",
     "C:\\Windows\\win.ini", "C:tiny_lora", "c:/Windows/win.ini", "\\\\server\\share\\x", "//server/share/x", "..",
     "\\\\?\\C:\\x", "\\\\.\\pipe\\x", "\\\\?\\UNC\\server\\share\\x", "CON", "nul", "sub/aux", "COM1", "lpt1.txt", ".",
-    "tiny_lora.safetensors", "tiny_lora::$DATA", "tiny_lora.", "tiny_lora ", "TINY_LORA", "sub\\conv", "~/x", "~root",
+    "tiny_lora.safetensors", "tiny_lora::$DATA", "tiny_lora.", "TINY_LORA", "sub\\conv", "~/x", "~root",
     "..%2foutside", "%2e%2e/x", "tiny_lora\0", "file:///etc/passwd", "*", "tiny_lor?", "..%5coutside",
     "%252e%252e/outside",
     "..\uff0foutside", "\uff0e\uff0e/outside", "\u2025/outside", "..\u2215outside", "tiny\u200b_lora", "tiny_lor\u0430",

@@ -21,6 +21,8 @@ from lib_locon.errors import UnknownName
 from lib_locon.facts import Facts, FactsIndex, FileMetadata, read_facts, training_words
 from lib_locon.files.reader import FileIdentity
 from lib_locon.library import Library
+from lib_locon.prompt.edit import tags
+from lib_locon.prompt.grammar import parse_prompt
 from lib_locon.user_metadata import UserMetadata, read_user_metadata
 
 put_modules_on_path()
@@ -131,13 +133,47 @@ def test_tags_lead_back_to_their_files(write: Write, tmp_path: Path) -> None:
         assert tags["x"] == ("unique" if prefer_alias else "x")
 
 
-def test_a_name_that_no_tag_can_hold(write: Write, tmp_path: Path) -> None:
+def test_a_name_that_no_tag_can_hold_is_quoted(write: Write, tmp_path: Path) -> None:
     write("a>b")
     write("c:d", metadata={"ss_output_name": "fine"})
-    bad, good = cards(tmp_path).all()
-    assert bad.tag == ""
-    assert "rename the file" in bad.problem
-    assert good.tag == "fine"
+    quoted, aliased = cards(tmp_path).all()
+    assert (quoted.tag, quoted.problem) == ("a%3Eb", "")
+    assert "a%3Eb" in quoted.names, "the page knows its tag in a prompt by that"
+    assert aliased.tag == "fine"
+
+
+ODD = (
+    " blanks ", "blanks", "folder /x", "folder/x ", "x", "sub/a:b", "sub/a>b", "a%3Ab", "sub/a%3Ab", "100%", "100%25",
+    "#0123456789ab", "a=b", "te=1", "te,st", "[x] (y) {z|w}", "a<b", "<lora", "<lora:x:1>", "line\nend", "tab\tx", "  ",
+    "nai\u0308ve", "na\u00efve", "half \udcff letter", "*", "\u65e5\u672c\u8a9e",
+)  # fmt: skip
+
+
+def test_every_card_has_a_tag_that_leads_to_its_file(write: Write, tmp_path: Path) -> None:
+    for name in ODD:
+        write(name)
+    library = Library([tmp_path / "Lora"])
+    shown = cards(tmp_path).all()
+    assert {card.names[0] for card in shown} == set(ODD)
+    for card in shown:
+        before, (tag,), after = "cat ", tags(f"cat <lora:{card.tag}:1> dog"), " dog"
+        assert tag.stop - tag.start == len(f"<lora:{card.tag}:1>")
+        assert library.find(tag.items[0]).path == card.path
+        parsed = parse_prompt(f"{before}<lora:{card.tag}:1>{after}")
+        assert parsed.text == before + after
+        assert library.find(parsed.requests[0].called).path == card.path
+        assert "\n" not in card.tag
+        card.tag.encode()  # a browser takes whole letters only
+
+
+def test_no_tag_leads_to_another_file_whose_own_name_is_that_tag(write: Write, tmp_path: Path) -> None:
+    """Every spelling of the one name is a file of its own: what is left is the hash."""
+    name = "a:b"
+    plain, full = "a%3Ab", "%61%3A%62"
+    for each in (name, plain, full):
+        write(each)
+    by_name = {card.names[0]: card.tag for card in cards(tmp_path, hash_of=lambda _: "0123456789abcdef").all()}
+    assert by_name == {name: "#0123456789ab", plain: plain, full: full}
 
 
 def test_an_unreadable_file_has_a_card_that_says_why(write: Write, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lib_locon.prompt.blocks import LAYOUTS
+from lib_locon.prompt.edit import tags
 from lib_locon.prompt.grammar import parse_prompt
 from lib_locon.prompt.keys import CURVES as CURVE_KEYS
 from lib_locon.prompt.keys import KEYS
@@ -430,6 +432,62 @@ def test_any_text_is_read_and_every_tag_becomes_a_request_or_a_problem(text: str
         assert problem.tag in tags
         assert 0 < problem.position < len(problem.tag)
         assert str(problem)
+
+
+HOSTS = re.compile(r"<(\w+):([^>]+)>")
+
+
+TAG_PIECES = st.sampled_from((*"<>: a\n\u00e9_1-", "<lora:", "<lyco:b:1>", "<hypernet:", "<>", "x=1"))
+
+
+@settings(max_examples=500)
+@given(text=st.lists(TAG_PIECES, max_size=20).map("".join))
+@example("<lora:a <lora:b:1>")
+@example("<x:<lora:a:1>")
+@example("<lora:a> <lora:")
+def test_what_is_a_tag_is_the_hosts_to_say(text: str) -> None:
+    """The host's own pattern, on all of the text: ours looks at less of it, and must find the same."""
+    ours = [(tag.kind, ":".join(tag.items), tag.start, tag.stop) for tag in tags(text)]
+    theirs = [(found[1], found[2], found.start(), found.end()) for found in HOSTS.finditer(text)]
+    assert ours == [each for each in theirs if each[0] in ("lora", "lyco")]
+    assert parse_prompt(text).text == HOSTS.sub(lambda found: "" if found[1] in ("lora", "lyco") else found[0], text)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<lora:",
+        "<lora:a:1 ",
+        "<lora:a:1>",
+        "<",
+        "<lora:a",
+        "<a:",
+        "<>",
+        "<lora:>",
+        "<lora",
+        "x",
+        "<lora:a:b=",
+        "<\u00e9:",
+    ],
+)
+@pytest.mark.parametrize("end", ["", ">", "> <lora:"])
+def test_a_hundred_thousand_characters_of_tags_take_no_second(piece: str, end: str) -> None:
+    text = piece * (100_000 // len(piece)) + end
+    started = time.process_time()
+    parse_prompt(text)
+    list(tags(text))
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    "value", ["1" * 99_999 + "x", "." * 99_999, "1." * 50_000, "1e" * 50_000, " " * 99_999 + "1 1"]
+)
+@pytest.mark.parametrize("key", ["", "te=", "lbw=", "x=", "attn2.*=", "step=", "dyn=", "lbwe=", "1:"])
+def test_long_values_take_no_second(key: str, value: str) -> None:
+    started = time.process_time()
+    parsed = parse_prompt(f"<lora:a:{key}{value}>")
+    assert time.process_time() - started < 1
+    assert parsed.bad or parsed.warnings
 
 
 @pytest.mark.timeout(20)

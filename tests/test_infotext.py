@@ -387,7 +387,8 @@ def test_a_name_with_html_pops_up_as_text(
     assert paste(text_with("<lora:<img src=x onerror=y:1>", f"<img src=x onerror=y: {digest}"))["Prompt"]
     (sentence,) = shown
     assert ("<img" in sentence) == (version[0] == "3")
-    assert html.unescape(sentence).startswith("'<img src=x onerror=y' is '<b>&' here")
+    said = "'<img src=x onerror=y' is not here; the file with the same hash is '<b%3E&'"
+    assert html.unescape(sentence).startswith(said)
 
 
 # ---- any name

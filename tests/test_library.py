@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import subprocess
 import threading
+import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +109,105 @@ def test_two_that_answer_to_one_name_are_an_error_that_names_both(
     assert all(name in str(caught.value) for name in names)
 
 
+NFD, NFC = "nai\u0308ve", "na\u00efve"
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("LumaTune ", "LumaTune "), ("LumaTune ", "LumaTune"), (" lead", " lead"), (" lead", "lead "),
+        ("plain", " plain "), ("plain", "\tplain\n"), ("my folder /x", "my folder/x"), ("sub/ x", "sub / x"),
+        (NFD, NFC), (NFC, NFD), (f"{NFD} /x", f"{NFC}/ x"), ("a:b", "a%3Ab"), ("a:b", "a%3ab"), ("a>b", " a%3Eb "),
+        ("#12345678", "#12345678"), ("#zz", " #zz "), ("50%25", "50%25"), ("50%", "50%25"), ("half \udcff", "half %FF"),
+        ("\xa0x\u3000", "x"), ("a=b", "a=b"), ("[x] (y)|z, {w}", "[x] (y)|z, {w}"), ("te=1", "te=1"),
+    ],
+)  # fmt: skip
+def test_a_name_is_found_in_other_spellings(shelf: Shelf, file: str, name: str) -> None:
+    (shelf.folder / file).parent.mkdir(parents=True, exist_ok=True)
+    path = shelf.put(file)
+    shelf.put("another")
+    assert Library([shelf.folder]).find(name).path == path
+    (request,) = parse_prompt(f"<lora:{name}:0.5>").requests
+    assert Library([shelf.folder]).find(request.called).path == path
+    assert request.name == name.strip()
+    assert parse_prompt(str(request)).requests == [request]
+
+
+def test_the_exact_name_wins_over_other_spellings(shelf: Shelf) -> None:
+    names = ("x", "x ", " x", NFD, NFC, "a:b", "a%3Ab")
+    paths = [shelf.put(name) for name in names]
+    library = Library([shelf.folder])
+    assert [library.find(name).path for name in names] == paths
+    with pytest.raises(UnknownName, match=r"could be any of these: ' x', 'x', 'x '"):
+        library.find("  x  ")
+
+
+def test_the_exact_alias_wins_over_another_spelling_of_a_file(shelf: Shelf) -> None:
+    shelf.put(NFD)
+    path = shelf.put("v7", alias=NFC)
+    shelf.put("v8", alias=" Some Style ")
+    library = Library([shelf.folder])
+    assert library.find(NFC).path == path
+    assert library.find("Some Style").name == library.find(" Some Style ").name == "v8"
+
+
+def test_names_that_look_alike_are_shown_with_their_difference(shelf: Shelf) -> None:
+    one, other = "e\u0301\u00e9", "\u00e9e\u0301"
+    shelf.put(one), shelf.put(other)
+    with pytest.raises(UnknownName) as caught:
+        Library([shelf.folder]).find("\u00e9\u00e9")
+    assert r"'e\u0301\xe9'" in str(caught.value)
+    assert r"'\xe9e\u0301'" in str(caught.value)
+
+
+def test_no_header_is_read_for_a_file_that_is_named_with_blanks(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shelf.put("plain")
+    monkeypatch.setattr("lib_locon.library._written", None)
+    assert Library([shelf.folder]).find(" plain ").path == path
+
+
+# ---- what is there in the place of an adapter
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "says"),
+    [
+        ("old.pt", "old", ": old.pt is there, but it is a pickled file, which can hold a program"),
+        ("sub/old.CKPT", "old", ": sub/old.CKPT is there, but it is a pickled file"),
+        ("sub/old.bin", "sub/old", "pickled file"),
+        ("old.pth", "old", "of the pickled files only those that end in .pt, .ckpt or .bin"),
+        ("big.gguf", "big", "GGUF files are not read here"),
+        ("x.zip", "x", "is an archive: unpack it"),
+        ("x.safetensors.part", "x", "a download that has not finished"),
+        ("x.crdownload", " x ", "a download that has not finished"),
+        ("x.safetensors.txt", "x", "take the .txt off"),
+        ("x.onnx", "x", "is for another program"),
+        ("x.json", "x", "the weights that it is about are not"),
+        ("x.preview.png", "x", "the weights that it is about are not"),
+        (f"{NFD}.pt", NFC, "pickled file"),
+        ("peft/x.safetensors", "peft", ": that is a folder; name the file in it, such as 'peft/x'"),
+    ],
+)  # fmt: skip
+def test_what_is_there_of_that_name_and_cannot_be_used(shelf: Shelf, file: str, name: str, says: str) -> None:
+    (shelf.folder / file).parent.mkdir(exist_ok=True)
+    (shelf.folder / file).write_bytes(b"x")
+    library = Library([shelf.folder])
+    with pytest.raises(UnknownName) as caught:
+        library.find(name)
+    assert f"no adapter {name.strip()!r} in {shelf.folder.name}: " in str(caught.value)
+    assert says in str(caught.value)
+    with pytest.raises(UnknownName) as caught:
+        library.find("quite another")
+    assert str(caught.value) == f"there is no adapter 'quite another' in {shelf.folder.name}"
+
+
+def test_the_most_telling_of_several_files_is_named(shelf: Shelf) -> None:
+    for name in ("x.png", "x.json", "x.pt", "x.safetensors.part"):
+        (shelf.folder / name).write_bytes(b"x")
+    with pytest.raises(UnknownName, match=r"x\.pt is there, but it is a pickled file"):
+        Library([shelf.folder]).find("x")
+
+
 def test_names_near_an_unknown_one_are_named(shelf: Shelf) -> None:
     shelf.put("sub/Watercolour_v2"), shelf.put("ink"), shelf.put("oil")
     with pytest.raises(UnknownName) as caught:
@@ -193,7 +296,7 @@ def test_what_is_no_hash(shelf: Shelf) -> None:
     digest = body_hash(shelf.put("x"))
     with pytest.raises(UnknownName, match="too short for a hash"):
         Library([shelf.folder]).find(f"#{digest[:7]}")
-    for name in ("#", "#x", f"#{digest[:7]}g", digest[:12], f" #{digest[:12]}"):
+    for name in ("#", "#x", f"#{digest[:7]}g", digest[:12], f"# {digest[:12]}"):
         with pytest.raises(UnknownName, match="no adapter"):
             Library([shelf.folder]).find(name)
 
@@ -293,6 +396,71 @@ def test_a_loop_of_links_is_walked_once(shelf: Shelf) -> None:
     links(shelf.folder / "self", shelf.folder / "self")
     assert [entry.name for entry in Library([shelf.folder]).entries] == ["sub/x", "top"]
     assert Library([shelf.folder]).find("x").name == "sub/x"
+
+
+def test_folders_deeper_than_calls_may_nest(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1500 folders in each other, with short names and with long ones: some of their paths no system takes."""
+    shelf.put("top")
+    for name, found in (("d", "d/" * 1500 + "x"), ("long" * 20, None)):
+        with monkeypatch.context() as patched:
+            patched.chdir(shelf.folder)
+            for depth in range(1500):
+                Path(name).mkdir()
+                os.chdir(name)
+                if depth == 9:
+                    shutil.copy(shelf.folder / "top.safetensors", "ten.safetensors")
+            shutil.copy(shelf.folder / "top.safetensors", "x.safetensors")
+        started = time.process_time()
+        library = Library([shelf.folder])
+        names = [entry.name for entry in library.entries]
+        assert time.process_time() - started < 5
+        assert {"top", f"{name}/" * 10 + "ten"} <= set(names)
+        assert found is None or found in names
+        assert library.find("top").path == shelf.folder / "top.safetensors"
+        with pytest.raises(UnknownName):
+            library.find("nothing")
+        subprocess.run(["rm", "-rf", shelf.folder / name], check=True)  # shutil recurses
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="who may do all is kept out of nothing")
+def test_a_folder_that_nobody_may_look_into(shelf: Shelf) -> None:
+    shelf.put("x"), shelf.put("closed/y")
+    (shelf.folder / "closed").chmod(0)
+    try:
+        assert [entry.name for entry in Library([shelf.folder]).entries] == ["x"]
+    finally:
+        (shelf.folder / "closed").chmod(0o700)
+
+
+@pytest.mark.parametrize("when", ["opened", "listed"])
+def test_a_folder_that_fails_hides_no_other(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    shelf.put("a/x"), shelf.put("b/y"), shelf.put("z")
+    scandir = os.scandir
+
+    class Failing:
+        def __init__(self, path: str) -> None:
+            self.found = scandir(path)
+
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.found.close()
+
+        def __iter__(self) -> Iterator[os.DirEntry[str]]:
+            yield from self.found
+            raise OSError("the disk went away")
+
+    def failing(path: str) -> object:
+        if not str(path).endswith("a"):
+            return scandir(path)
+        if when == "opened":
+            raise PermissionError(path)
+        return Failing(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    names = [entry.name for entry in Library([shelf.folder]).entries]
+    assert names == (["a/x"] if when == "listed" else []) + ["b/y", "z"]
 
 
 def test_a_link_to_nothing_is_not_found_and_stops_nothing(shelf: Shelf) -> None:

@@ -119,7 +119,8 @@ def parse_prompt(prompt: str) -> tuple[str, dict[str, list[ExtraNetworkParams]]]
         found.setdefault(match[1], []).append(ExtraNetworkParams(match[2].split(":")))
         return ""
 
-    return _TAG.sub(take, prompt), found
+    end = prompt.rfind(">") + 1  # none ends behind it, and the pattern would look there from each `<` for an end
+    return _TAG.sub(take, prompt[:end]) + prompt[end:], found
 
 
 def parse_prompts(prompts: Iterable[str]) -> tuple[list[str], dict[str, list[ExtraNetworkParams]]]:

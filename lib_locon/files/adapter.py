@@ -104,7 +104,7 @@ def read_adapter(path: Path | str, *, header_only: bool = False, allow_pickle: b
     """Reads and parses an adapter; factors stay in the file's dtype. Raises FileError.
 
     With `header_only` no tensor's data is read but alphas, and a few rows where the metadata says that q, k and v were
-    trained apart: enough to inspect a file of any size at once. Pickled files (.pt, .ckpt) are refused without
+    trained apart: enough to inspect a file of any size at once. Pickled files (.pt, .ckpt, .bin) are refused without
     `allow_pickle`; `files/pickled.py` says what it allows. A file that is written meanwhile is read again.
     """
     for _ in range(MORE_ATTEMPTS):

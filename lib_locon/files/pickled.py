@@ -1,4 +1,4 @@
-"""Pickled adapters (.pt, .ckpt): the whole policy about them. Nothing else in the package opens one.
+"""Pickled adapters (.pt, .ckpt, .bin): the whole policy about them. Nothing else in the package opens one.
 
 A pickle is a program. `torch.load(weights_only=True)` runs a small part of its language only, but that part has had
 holes (CVE-2025-32434 before torch 2.6, CVE-2026-24747 before 2.10), and webuis run older torches; and it either maps
@@ -26,7 +26,7 @@ from lib_locon.files.handles import State, fill, opened, read_exactly
 from lib_locon.files.pickled_table import NotOnlyTensors, StoredTensor, read_table
 from lib_locon.files.reader import MAX_HEADER, FileIdentity, SafetensorsFile, check_text, shown
 
-ENDINGS = (".pt", ".ckpt")
+ENDINGS = (".pt", ".ckpt", ".bin")
 OFF = (
     "is a pickled file, which can hold a program, and the option to read such files (allow_pickle) is off: "
     "convert it to safetensors, or turn the option on if you trust its author"

@@ -14,6 +14,8 @@ from lib_locon.files.background import Background
 from lib_locon.files.reader import FileIdentity
 from lib_locon.hosts.search import SECONDS, Search
 from lib_locon.library import Entry
+from lib_locon.naming import fits_into_a_tag, in_a_tag, quoted
+from lib_locon.prompt.edit import tags
 from lib_locon.report import Report
 from lib_locon.session import Use
 
@@ -26,7 +28,6 @@ PATIENCE = 1.0
 MOST_NAMES = 100
 """Of one pasted text. Each may be a search among all names of a large collection."""
 _MARKS = str.maketrans("", "", ":,")
-_TAG = re.compile(r"<(lora|lyco):([^:>]+)")
 _PROMPTS = ("Prompt", "Hires prompt")
 _HASH = re.compile(rf"[0-9a-f]{{{SHORT},64}}")
 
@@ -51,7 +52,7 @@ class Infotext:
         """Says what a pass uses, in the place of what was said of that pass before."""
         if not isinstance(getattr(p, "extra_generation_params", None), dict):
             return  # no job: the host has nothing to write it into
-        named = [(use.name.translate(_MARKS), use.adapter.identity) for use in uses if hashes]
+        named = [(_unmarked(use.name), use.adapter.identity) for use in uses if hashes]
         files = dict.fromkeys((name, file) for name, file in named if name)
         passes = {**getattr(p, "locon_passes", {}), hires: _Pass(files, _applied(report) if applied else "")}
         p.locon_passes = passes
@@ -110,21 +111,28 @@ class Paste:
         for key in _PROMPTS:
             text = fields.get(key)
             if isinstance(text, str) and wanted:
-                fields[key] = _TAG.sub(lambda match: self._tag(match, wanted), text)
+                fields[key] = self._renamed_in(text, wanted)
         self.said = list(dict.fromkeys(self.said))
 
-    def _tag(self, match: re.Match[str], wanted: Mapping[str, str]) -> str:
-        name = match[2].strip()
-        digest = wanted.get(name.translate(_MARKS))
+    def _renamed_in(self, text: str, wanted: Mapping[str, str]) -> str:
+        done, at = list[str](), 0
+        for tag in tags(text):
+            start = tag.start + len(f"<{tag.kind}:")
+            done += text[at:start], self._name(tag.items[0], wanted)
+            at = start + len(tag.items[0])
+        return "".join((*done, text[at:]))
+
+    def _name(self, name: str, wanted: Mapping[str, str]) -> str:
+        """What a tag that has this name is to have here."""
+        digest = wanted.get(_unmarked(name))
         if digest is None:
-            return match[0]
+            return name
         here = self._named(name)
         found = self._search.body_of(here) if here is not None else ""
         if here is not None and (not found or found.startswith(digest)):
-            return match[0]  # the right one, or there is no telling
-        what = f"the adapter {name!r} here is another file than the one that made the image" if here else ""
-        new = self._with_hash(name, digest, what or f"{name!r} is not here")
-        return match[0] if new == name else f"<{match[1]}:{new}"
+            return name  # the right one, or there is no telling
+        what = f"the adapter {name.strip()!r} here is another file than the one that made the image" if here else ""
+        return self._with_hash(name, digest, what or f"{name.strip()!r} is not here")
 
     def _named(self, name: str) -> Entry | None:
         if name not in self._known:
@@ -148,16 +156,18 @@ class Paste:
         return name
 
     def _renamed(self, name: str, entry: Entry, what: str) -> str:
-        new = next((word for word in (entry.stem, entry.name) if self._leads_to(word, entry)), None)
-        if new is None or any(mark in new for mark in ":>"):
-            self.said.append(f"{name!r} is {entry.name!r} here, a name that no tag can hold; the tag stays as it is")
+        words = (entry.stem, entry.name, in_a_tag(entry.stem), in_a_tag(entry.name), quoted(entry.name))
+        new = next((word for word in words if fits_into_a_tag(word) and self._named(word) == entry), None)
+        if new is None:
+            self.said.append(f"{name!r} is {entry.name!r} here, which no tag can name; the tag stays as it is")
             return name
         self.said.append(f"{what}; the file with the same hash is {new!r}, which the tag names now")
         return new
 
-    def _leads_to(self, word: str, entry: Entry) -> bool:
-        # what stands before a colon is a name; with spaces around it, the tag would name another
-        return word == word.strip() and self._named(word) == entry
+
+def _unmarked(name: str) -> str:
+    """A name as it stands before its hash in an image's text, where colons and commas are marks."""
+    return name.translate(_MARKS).strip()
 
 
 def written_hashes(text: object) -> dict[str, str]:

@@ -119,7 +119,8 @@ class PromptApi:
                     return known
             # without patience: who types does not wait for headers, and an alias that comes later is offered later
             listed = Cards(cards.library, cards.index, patience=0).all(prefer_alias=prefer_alias)
-            self._names, self._made_of, self._made_at = Names(listed), (entries, prefer_alias), time.monotonic()
+            self._names = Names(listed, cards.library.why_absent)
+            self._made_of, self._made_at = (entries, prefer_alias), time.monotonic()
             return self._names
 
     def _mistakes(self, prompt: str) -> Iterator[Mistake]:
@@ -141,7 +142,7 @@ class PromptApi:
         to look for that, files are read whole.
         """
         names = self.names()
-        message = names.problem(tag.name) if names.complete and not tag.name.startswith("#") else ""
+        message = names.problem(tag.items[0]) if names.complete and not tag.name.startswith("#") else ""
         if not message:
             return None
         written = tag.items[0]

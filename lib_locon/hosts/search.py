@@ -61,9 +61,9 @@ class Search:
 
     def find(self, name: str) -> Entry:
         """As `Library.find`. Raises UnknownName, and TooSlow for a hash."""
-        if not _HASH.fullmatch(name) or self._is_name(name):
+        if not _HASH.fullmatch(name.strip()) or self.library.lookup.files(name):
             return self.library.find(name)
-        digits = name[1:].lower()
+        digits = name.strip()[1:].lower()
         if len(digits) < LEAST_DIGITS:
             return self.library.find(name)  # which says that these are too few
         found: list[Entry] = []
@@ -115,9 +115,6 @@ class Search:
     def _claims(self, entry: Entry, digits: str) -> bool:
         identity = _identity(entry)
         return identity is not None and self._hashes.claims(identity).startswith(digits)
-
-    def _is_name(self, name: str) -> bool:
-        return any(name in (entry.name, entry.stem) for entry in self.library.entries)
 
 
 def _identity(entry: Entry) -> FileIdentity | None:

@@ -30,6 +30,7 @@ from lib_locon.hosts.webui import Webui, log
 from lib_locon.hosts.xyz import Axes
 from lib_locon.index import hash_table
 from lib_locon.library import Library
+from lib_locon.naming import in_a_tag, tidy
 from lib_locon.prompt.presets import Presets
 from lib_locon.report import Report
 from lib_locon.resolve import Missing
@@ -113,8 +114,9 @@ class Services:
 
     def _chosen(self, named: Sequence[str]) -> str:
         """The adapter for every prompt that does not name it; "" where there is none, or it is among `named`."""
-        name = str(value(SD_LORA))
-        return "" if name == NO_ADAPTER or name in named or not self._is_there(name) else name
+        name = in_a_tag(str(value(SD_LORA)))
+        among = tidy(name) in map(tidy, named)
+        return "" if name == NO_ADAPTER or among or not self._is_there(name) else name
 
     def _chosen_tag(self, named: Sequence[str]) -> str:
         name = self._chosen(named)

@@ -17,6 +17,7 @@ from modules import scripts, shared
 
 from lib_locon.errors import LoconError, UnknownName
 from lib_locon.library import Library
+from lib_locon.naming import fits_into_a_tag, in_a_tag, tidy
 from lib_locon.prompt import edit
 from lib_locon.prompt.numbers import written
 from lib_locon.prompt.presets import Presets
@@ -28,7 +29,7 @@ ADAPTER, STRENGTH, TE, UNET, BLOCKS = (
     f"[LoCon] {name}" for name in ("Adapter", "Strength", "TE strength", "UNet strength", "Block weights")
 )
 _OF_ADAPTER = re.compile(r"([^:]+):(.*)", re.DOTALL)
-_NUMBER = r"\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*"
+_NUMBER = r"\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+))\s*"
 _RANGE = re.compile(rf"{_NUMBER}-{_NUMBER}(?:\({_NUMBER}\)|\[\s*(\d{{1,4}})\s*\])?\s*")
 MOST_VALUES = 10_000
 """Of one axis: a slip in a range must not fill the memory."""
@@ -105,8 +106,9 @@ class Axes:
         library, problems = self._library(), []
         for name in names:
             try:
-                if _unfit(name):
-                    raise UnknownName(f"no tag can hold the name {name!r} (because of : or >)")
+                if not fits_into_a_tag(name):
+                    instead = f": write {in_a_tag(name)!r} for it" if library.lookup.files(name) else ""
+                    raise UnknownName(f"no tag can hold the name {name!r} (because of : or >){instead}")
                 if name != OFF:
                     library.find(name)
             except UnknownName as error:
@@ -154,7 +156,7 @@ class Axes:
         return edit.no_blocks if value == OFF else edit.blocks(value, self._presets())
 
     def _change(self, p: Any, name: str, change: edit.Change) -> None:
-        cell = _cell(p)
+        cell, name = _cell(p), tidy(name)
         tags = [tag.name for tag in edit.tags(_prompt(p))]
         place = cell.names.index(name) - cell.gone if name in cell.names else 0
         if place < 0 or (cell.off and not name):
@@ -240,7 +242,3 @@ def _to_prompts(p: Any, request: Request) -> None:
     p.prompt = [add(text, request) for text in p.prompt] if isinstance(p.prompt, list) else add(p.prompt, request)
     if isinstance(getattr(p, "hr_prompt", None), str) and p.hr_prompt:
         p.hr_prompt = add(p.hr_prompt, request)
-
-
-def _unfit(name: str) -> bool:
-    return not name.strip() or any(mark in name for mark in ":>")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from lib_locon.errors import LoconError
-from lib_locon.prompt.grammar import KINDS, TAG, Parsed, parse_tag
+from lib_locon.naming import tidy
+from lib_locon.prompt.grammar import KINDS, Parsed, find_tags, parse_tag
 from lib_locon.prompt.numbers import BadValue, Curve, parse_curve
 from lib_locon.prompt.presets import Presets
 from lib_locon.prompt.request import ENCODERS, ONE, PARTS, Request, in_order
@@ -26,8 +27,8 @@ class Tag:
 
     @property
     def name(self) -> str:
-        """The adapter's, as it is written."""
-        return self.items[0].strip()
+        """The adapter's, in the spelling in which names are compared."""
+        return tidy(self.items[0])
 
     def request(self, presets: Presets) -> Request:
         """What it asks for. Raises LoconError for a tag that cannot be read."""
@@ -40,14 +41,14 @@ class Tag:
 
 def tags(prompt: str) -> Iterator[Tag]:
     """All of a prompt, readable or not, in their order."""
-    for match in TAG.finditer(prompt):
+    for match in find_tags(prompt):
         if match[1] in KINDS:
             yield Tag(match[1], tuple(match[2].split(":")), match.start(), match.end())
 
 
 def first_tag(prompt: str, name: str = "", before: int = 0) -> Tag | None:
     """The first one, or the first one of that adapter; the first after `before` others of that kind."""
-    return next(islice((tag for tag in tags(prompt) if not name or tag.name == name), before, None), None)
+    return next(islice((tag for tag in tags(prompt) if not name or tag.name == tidy(name)), before, None), None)
 
 
 def without(prompt: str, tag: Tag) -> str:

@@ -22,8 +22,7 @@ from lib_locon.prompt.window import Window, parse_range
 KINDS = ("lora", "lyco")
 MOST_ARGUMENTS = 200
 """Of one tag. Each can lead to a sentence that shows the tag, and a program could send a hundred thousand."""
-TAG = re.compile(r"<(\w+):([^>]+)>")
-"""The host's own pattern: what it would not strip, we must not read."""
+_TAG = re.compile(r"<(\w+):([^>]+)>")
 _Read = TypeVar("_Read")
 
 
@@ -39,16 +38,23 @@ class Parsed:
 
 def parse_prompt(prompt: str, presets: Presets = BUILT_IN) -> Parsed:
     """Reads the tags of `KINDS` out of `prompt`; other tags stay in the text."""
-    parsed = Parsed("")
-
-    def take(match: re.Match[str]) -> str:
-        if match[1] not in KINDS:
-            return match[0]
-        parse_tag(match[1], match[2].split(":"), parsed, presets)
-        return ""
-
-    parsed.text = TAG.sub(take, prompt)
+    parsed, kept, at = Parsed(""), list[str](), 0
+    for match in find_tags(prompt):
+        if match[1] in KINDS:
+            parse_tag(match[1], match[2].split(":"), parsed, presets)
+            kept.append(prompt[at : match.start()])
+            at = match.end()
+    parsed.text = "".join((*kept, prompt[at:]))
     return parsed
+
+
+def find_tags(text: str) -> Iterator[re.Match[str]]:
+    """Every tag of a text, of whatever kind: its kind and its arguments. In time that grows as the text does.
+
+    It is the host's own pattern: what the host would not strip, we must not read. No tag ends behind the last `>`, and
+    to look for an end there from each `<` would take the square of the text's length.
+    """
+    return _TAG.finditer(text, 0, text.rfind(">") + 1)
 
 
 def parse_tag(kind: str, items: Sequence[str], into: Parsed, presets: Presets = BUILT_IN) -> None:
@@ -61,7 +67,7 @@ def parse_tag(kind: str, items: Sequence[str], into: Parsed, presets: Presets = 
         tag.take(_arguments(items[1:], start + len(name) + 1))
         if not name.strip():
             raise _Bad("it names no adapter", start)
-        into.requests.append(tag.request(name.strip()))
+        into.requests.append(tag.request(name))
     except _Bad as bad:
         into.bad.append(Problem(f"a tag was skipped: {bad.message}", tag.text, bad.start))
 
@@ -129,13 +135,14 @@ class _Tag:
         curves = {key: self._curve(key) for key in CURVES if key in self.values}
         layers = {key: self._curve(key) for key in self.values if key not in KEYS}
         return Request(
-            name,
+            name.strip(),
             in_order(curves),
             self._read("dyn", lambda text: parse_whole(text, "dyn", least=1)),
             self._window(),
             self._read("lbw", self.presets.block_list),
             self._read("lbwe", self.presets.element_rules),
             tuple(sorted(layers.items())),
+            "" if name == name.strip() else name,
         )
 
     def _window(self) -> Window:

@@ -8,7 +8,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 # Python's float() also takes "1_0", "nan" and "infinity", which nobody means as a strength
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
+# `\d+\.?\d*` would try each way to part a row of digits in two: the square of its length
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)
 _WHOLE = re.compile(r"\d{1,9}", re.ASCII)
 _ITEM = re.compile(r"[^,;]*")
 

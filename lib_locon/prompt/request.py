@@ -19,7 +19,7 @@ Curves = tuple[tuple[str, Curve], ...]
 
 @dataclass(frozen=True)
 class Request:
-    """One tag: an adapter's name as written, and all that the tag says about its strength. Plain, comparable data.
+    """One tag: an adapter's name, and all that the tag says about its strength. Plain, comparable data.
 
     `str` gives a tag that is read as an equal request.
     """
@@ -34,6 +34,13 @@ class Request:
     elements: Elements | None = None
     layers: Curves = ()
     """Layer patterns and their factors, sorted."""
+    written: str = ""
+    """The name as it stands in the tag, where it has blanks at its ends there: a file's name may have them too."""
+
+    @property
+    def called(self) -> str:
+        """The name to look the file up by."""
+        return self.written or self.name
 
     @property
     def strengths(self) -> Strengths:
@@ -111,7 +118,7 @@ class Request:
         if self.dyn is not None:
             given["dyn"] = str(self.dyn)
         given.update((pattern, str(factor)) for pattern, factor in self.layers)
-        first = [self.name, *([given.pop("te")] if "te" in given else [])]
+        first = [self.called, *([given.pop("te")] if "te" in given else [])]
         return f"<lora:{':'.join([*first, *(f'{key}={value}' for key, value in given.items())])}>"
 
 

@@ -21,3 +21,12 @@ test("a cell has its own adapter, at its strength, and none of the others", () =
 test("names", () => {
   assert.deepEqual(namesIn("<lora:a:1> <lyco:b c:1:2> <hypernet:d:1>"), ["a", "b c"]);
 });
+
+test("100 000 characters without an end take no second", () => {
+  const text = "<lora:".repeat(17_000);
+  const started = performance.now();
+  assert.deepEqual(namesIn(text), []);
+  assert.equal(cellPrompt(text, [A], A, "1"), `${text} <lora:a:1>`);
+  assert.throws(() => strengthsIn(`${"1".repeat(100_000)}x`), Error);
+  assert.ok(performance.now() - started < 1000);
+});

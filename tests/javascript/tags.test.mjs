@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { adapterTags, nameInserted, namesIn, toggled, withSnippet } from "../../javascript/locon_tags.mjs";
+import { adapterTags, calledIn, nameInserted, namesIn, toggled, withSnippet } from "../../javascript/locon_tags.mjs";
 
 const FORMS = [
   "<lora:a:1>", "<lora:a>", "<lora:a:-0.5>", "<lora:a:.5>", "<lora:a:+1e-1>", "<lora:a:0.5:1>", "<lora:a:0.5:1:4>",
@@ -44,6 +44,50 @@ test("every copy goes, by every name of the adapter, and no other adapter", () =
   assert.equal(toggled(text, "<lora:a:1>", { names: ["sub/a", "alias"] }).text, "x y z <lora:ab:1>");
 });
 
+test("blanks at a name's ends and the form of Unicode are of no matter, but another's exact name is", () => {
+  const card = "<lora:na\u0308ive :1>";
+  for (const name of ["na\u0308ive ", "na\u0308ive", " n\u00e4ive", "n\u00e4ive "]) {
+    assert.equal(toggled(`cat <lora:${name}:0.5>`, card).text, "cat");
+  }
+  const others = ["n\u00e4ive"];
+  assert.equal(toggled("cat <lora:n\u00e4ive:1>", card, { others }).added, true);
+  assert.equal(toggled("cat <lora: n\u00e4ive:1>", card, { others }).added, false);
+  assert.equal(toggled("<lora:my folder/x:1>", "<lora:my folder /x:1>").text, "");
+});
+
+test("which adapters a text calls", () => {
+  const adapters = [["a", "sub/a"], ["a "], ["b", "e\u0301"], ["c"]];
+  const called = (text) => [...calledIn(text, adapters)];
+  assert.deepEqual(called("<lora:a:1>"), [0]);
+  assert.deepEqual(called("<lora:a :1>"), [1]);
+  assert.deepEqual(called("<lora: a:1>"), [0, 1]);
+  assert.deepEqual(called("<lora:\u00e9:1> <lora:sub/a>"), [0, 2]);
+  assert.deepEqual(called("cat <hypernet:c:1> <lora:d:1>"), []);
+});
+
+test("a tag is what the host takes for one", () => {
+  assert.deepEqual(adapterTags("<lora:a <lora:b:1>").map((tag) => tag.name), ["a <lora"]);
+  assert.deepEqual(adapterTags("<x:<lora:b:1>"), []);
+  assert.deepEqual(adapterTags("<\u00e9:<lora:b:1>"), []);
+  assert.deepEqual(adapterTags("<lora:><lora:b>").map((tag) => tag.name), ["b"]);
+  assert.deepEqual(adapterTags("<lora:b\n:1>").map((tag) => tag.name), ["b\n"]);
+});
+
+for (const piece of ["<lora:", "<lora:a:1 ", "<lora:a:1> ", "<lora:b:1>, ", "<", "<a:", "<lora:a", "(ugly, bad:"]) {
+  for (const end of ["", ">"]) {
+    test(`100 000 characters of ${piece} and ${end} take no second`, () => {
+      const text = piece.repeat(100_000 / piece.length) + end;
+      const started = performance.now();
+      adapterTags(text);
+      namesIn(text);
+      calledIn(text, [["a"], ["b"]]);
+      toggled(text, "<lora:a:1> words", { separator: ", " });
+      withSnippet(text, "(ugly, bad:1)", false, ", ");
+      assert.ok(performance.now() - started < 1000);
+    });
+  }
+}
+
 test("the activation text goes only where it stands behind its tag", () => {
   const inserted = "<lora:a:1> glow";
   assert.equal(toggled("<lora:a:0.3> glow, cat", inserted).text, ", cat");
@@ -62,7 +106,7 @@ test("the negative snippet follows the tag, whatever its weight", () => {
 
 test("what tags there are", () => {
   assert.deepEqual(adapterTags("a <lora:x:1> <hypernet:y:1> <lyco: z >"), [
-    { start: 2, end: 12, name: "x" }, { start: 28, end: 38, name: "z" },
+    { start: 2, end: 12, name: "x" }, { start: 28, end: 38, name: " z " },
   ]);
   assert.deepEqual([...namesIn("<lora:x:1><lora:x:2><lora:y>")], ["x", "y"]);
   assert.equal(nameInserted("<lora:x:1> words"), "x");

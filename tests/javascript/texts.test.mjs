@@ -41,3 +41,13 @@ test("brackets of a word are no strength", () => {
   assert.equal(forPrompt("[a]\\b"), "\\[a\\]\\\\b");
   assert.equal(forPrompt("plain words"), "plain words");
 });
+
+for (const text of [" ".repeat(100_000) + "x", ", ".repeat(50_000) + "x", "x" + " ".repeat(100_000), "(".repeat(100_000)]) {
+  test(`long texts take no second: ${JSON.stringify(text.slice(0, 4))}…`, () => {
+    const started = performance.now();
+    assert.ok(withWord(text, "cat").endsWith(", cat"));
+    forPrompt(text);
+    around(text, 50_000);
+    assert.ok(performance.now() - started < 1000);
+  });
+}
