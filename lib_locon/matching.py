@@ -11,6 +11,7 @@ from math import prod
 from lib_locon.errors import ShapeError, Unusable
 from lib_locon.families.layer import Layer
 from lib_locon.families.rows import RowsLayer
+from lib_locon.files import kinds
 from lib_locon.files.adapter import Adapter, Module, Unmatched
 from lib_locon.models.base_family import base_family, other_family
 from lib_locon.models.blocks import place_of
@@ -118,8 +119,12 @@ def match(
         found, failed = max(attempts, key=lambda attempt: len(attempt[0]))
         matched += found
         unmatched += failed
-    made_for = "" if matched else base_family(adapter)
-    return Match(tuple(matched), tuple(unmatched), len(adapter.modules), adapter.notes, made_for)
+    if matched:
+        return Match(tuple(matched), tuple(unmatched), len(adapter.modules), adapter.notes)
+    # of what it holds as an adapter: plain weights beside that are no sign of a checkpoint
+    kind = kinds.of_names(f"{module.name.written}.lora" for module in adapter.modules if module.layers)
+    notes = (*adapter.notes, f"the file {kind}") if kind else adapter.notes
+    return Match((), tuple(unmatched), len(adapter.modules), notes, base_family(adapter))
 
 
 def _why_not_found(module: Module, table: TargetTable) -> str:

@@ -41,7 +41,8 @@ class AdapterReport:
     def __str__(self) -> str:
         if not self.used and self.total:
             why = f"it was made for {self.made_for}; {summary(self.unmatched)}"
-            return f"{self.name} changes nothing: none of its {self.total} layers fit this model ({why})"
+            line = f"{self.name} changes nothing: none of its {self.total} layers fit this model ({why})"
+            return "; ".join([line, *self.notes])
         families = ", ".join(self.families) or "no layers"
         line = f"{self.name} ({families}) at {self.strengths}: {self.used}/{self.total} layers"
         if self.unmatched:

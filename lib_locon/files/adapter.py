@@ -17,6 +17,7 @@ from lib_locon.errors import FileChanged, FileError, printable
 from lib_locon.families import ALPHA, RESHAPE, SCALE
 from lib_locon.families.build import Hints, Unread, build_layers
 from lib_locon.families.layer import Layer
+from lib_locon.files import kinds
 from lib_locon.files.dialects import ModuleName, is_peft, module_name, split_key
 from lib_locon.files.embeddings import PREFIX, Embedding, read_embeddings
 from lib_locon.files.hints import dora_side, rank_of
@@ -253,8 +254,9 @@ def _renamed(keys: Mapping[str, str], renames: Mapping[str, str]) -> tuple[dict[
 def _nothing_found(file: TensorFile, modules: tuple[Module, ...]) -> str:
     if not file.entries:
         return f"{file.path} holds no tensors at all"
-    if any(key.startswith(("model.diffusion_model.input_blocks.0.0.", "first_stage_model.")) for key in file.entries):
-        return f"{file.path} is a whole checkpoint, not an adapter: it belongs in the Stable-diffusion folder"
+    kind = kinds.of_names(file.entries)
+    if kind:
+        return f"{file.path} {kind}"
     reasons = list(dict.fromkeys(unread.reason[:300] for module in modules[:50] for unread in module.unread))
     why = f": {'; '.join(reasons[:5])}" if reasons else ""
     return f"{file.path} holds no adapter that is known here (its first name is {shown(next(iter(file.entries)))}){why}"

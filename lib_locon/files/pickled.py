@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lib_locon.errors import FileError
+from lib_locon.files import kinds
 from lib_locon.files.handles import State, fill, opened, read_exactly
 from lib_locon.files.pickled_table import NotOnlyTensors, StoredTensor, read_table
 from lib_locon.files.reader import MAX_HEADER, FileIdentity, SafetensorsFile, check_text, shown
@@ -191,6 +192,8 @@ def _loaded(path: Path, program: bytes) -> object:
     try:
         return read_table(program)
     except NotOnlyTensors as error:
+        if kind := kinds.of_program(program):
+            raise FileError(f"{path} {kind}") from error
         raise FileError(f"{path} holds more than tensors ({error}), and is not opened for that reason") from error
     except ValueError as error:
         raise FileError(f"{path} is damaged: its list of tensors cannot be read ({error})") from error
@@ -205,6 +208,9 @@ def _table(path: Path, loaded: object) -> dict[str, StoredTensor]:
         raise FileError(f"{path} holds no table of tensors but a {_kind(loaded)}")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, StoredTensor):
+            kind = kinds.of_table(loaded)
+            if kind:
+                raise FileError(f"{path} {kind}")
             raise FileError(f"{path} holds more than tensors with names: {shown(key)} is a {_kind(value)}")
         check_text(path, key)
     return dict(loaded)

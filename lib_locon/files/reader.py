@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lib_locon.errors import FileChanged, FileError
+from lib_locon.files import kinds
 from lib_locon.files.handles import State, fill, opened, read_exactly
 from lib_locon.files.untrusted_json import parse
 
@@ -44,12 +45,6 @@ MAX_AXES = 64
 """torch's own limit for most of what it does."""
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 200
-
-_KNOWN_STARTS = (
-    (b"version https://git-lfs", "is a git-lfs pointer, not the file itself: run `git lfs pull`, or download it again"),
-    (b"PK\x03\x04", "is a zip or a pickled .pt file, not safetensors"),
-    *((bytes([0x80, protocol]), "is a pickled .pt file, not safetensors") for protocol in range(2, 6)),
-)
 
 
 class FileIdentity(NamedTuple):
@@ -178,11 +173,9 @@ def _recognise(path: Path, start: bytes) -> None:
         raise FileError(f"{path} is empty: download it again")
     if start[8:9] == b"{":
         return  # the length of a header may begin with any bytes, a pickle's too
-    for magic, what in _KNOWN_STARTS:
-        if start.startswith(magic):
-            raise FileError(f"{path} {what}")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise FileError(f"{path} is a web page saved under a model's name: download it again, signed in where needed")
+    what = kinds.of_start(start)
+    if what:
+        raise FileError(f"{path} {what}")
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
