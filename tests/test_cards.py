@@ -400,6 +400,21 @@ def test_everything_from_files_is_escaped(host: Any, write: Write, tmp_path: Pat
         assert re.fullmatch(rf"cardClicked\('txt2img', {text}, {text}, false\);", str(click)), click
 
 
+def test_a_name_that_is_no_unicode_text_keeps_no_page_back(host: Any, write: Write) -> None:
+    """Linux allows any bytes in a name; addresses and what a browser is sent do not."""
+    picture = {"ss_output_name": "x", "ssmd_cover_images": '["x"]'}
+    for name in ("half \udcff", "inner \udcff"):
+        write(name, metadata=picture)
+    write("half \udcff").with_suffix(".preview.png").write_bytes(b"x")
+    write("good")
+    (page,) = host()
+    html = page.create_html("txt2img")
+    html.encode()
+    assert len(page.items) == 3
+    assert "half ?" in html and "&lt;lora:half %FF:" in html
+    page.create_item_html("txt2img", page.items["half \udcff"], page.card_tpl).encode()
+
+
 def test_adapters_for_other_models_are_hidden_and_told(host: Any, write: Write) -> None:
     from modules import shared
 

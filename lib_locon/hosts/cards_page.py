@@ -78,7 +78,7 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
         values["background_image"] += badges(about)
         values["sort_keys"] += f' data-locon-names="{escape(json.dumps(about["names"]))}"'
         values["sort_keys"] += " data-locon-hidden" if about["hidden"] else ""
-        return values if template is None else template.format(**values)
+        return values if template is None else _whole_letters(template.format(**values))
 
     def create_tree_file_item_html(self, tabname: str, file_path: str, item: dict[str, Any]) -> str:
         """A file in the tree. The host escapes nothing there."""
@@ -93,7 +93,7 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
 
     def create_html(self, tabname: str, *, empty: bool = False) -> str:
         """The whole page, with a line about what is not shown."""
-        html: str = super().create_html(tabname, empty=empty)
+        html = _whole_letters(super().create_html(tabname, empty=empty))
         abouts = [item["locon"] for item in self.items.values()]
         return with_notes(html, abouts, loaded_family()) if abouts else html
 
@@ -114,11 +114,14 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
 
     def preview(self, card: Card) -> str | None:
         """The address of the card's picture, beside the file or in it."""
-        if card.preview is not None:
-            link: str = self.link_preview(os.path.abspath(card.preview))  # noqa: PTH100
-            return link
-        if card.facts is not None and card.facts.has_cover:
-            return f"./sd_extra_networks/cover-images?page={self.extra_networks_tabname}&item={quote(card.name)}"
+        try:
+            if card.preview is not None:
+                link: str = self.link_preview(os.path.abspath(card.preview))  # noqa: PTH100
+                return link
+            if card.facts is not None and card.facts.has_cover:
+                return f"./sd_extra_networks/cover-images?page={self.extra_networks_tabname}&item={quote(card.name)}"
+        except UnicodeEncodeError:
+            pass  # the name is no Unicode text, and has no address
         return None
 
     def preview_file(self, card: Card) -> str:
@@ -157,6 +160,11 @@ class _Escaped(str):
 
     def __format__(self, spec: str) -> str:
         return escape(str(self))
+
+
+def _whole_letters(html: str) -> str:
+    """HTML that can be sent: one file whose name is no Unicode text would keep the whole page back."""
+    return html.encode("utf8", "replace").decode("utf8")
 
 
 class Registration:
