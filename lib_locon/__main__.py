@@ -163,12 +163,11 @@ def _bake(options: argparse.Namespace) -> int:
 def _signals_interrupt() -> Iterator[None]:
     """A request to end, or a terminal that is closed, interrupts as Ctrl-C does: no partial file is left behind."""
     before: dict[int, Any] = {}
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has one of them
-        # in the main thread alone can it be asked for; who started us with nohup wants us to go on
-        possible = number is not None and threading.current_thread() is threading.main_thread()
-        if possible and signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, signal.default_int_handler)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not all on Windows
+    if threading.current_thread() is threading.main_thread():  # in others it cannot be asked for
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # who started us with nohup wants us to go on
+                before[number] = signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
