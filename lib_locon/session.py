@@ -27,7 +27,7 @@ from lib_locon.patching.plan import Patch, make_plan
 from lib_locon.patching.rounding import Rounding, rounding_named
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import Findings, logical_shapes
-from lib_locon.prompt.request import Strengths
+from lib_locon.prompt.request import Problem, Strengths
 from lib_locon.report import AdapterReport, Report
 
 
@@ -156,9 +156,10 @@ class Session:
                 self.restore()  # half of a set is no set, and neither is the one before
                 raise
             # the uses are kept beside their ids: while they live, no other adapter can get one of these
-            state.last = _Last(asked, Report(reports), tuple(uses), self.engine.generation)
+            warnings = (Problem(COPIED),) if state.is_copy and uses else ()
+            state.last = _Last(asked, Report(reports, warnings=warnings), tuple(uses), self.engine.generation)
             state.let_go(used)
-            return Report(reports, written=written)
+            return Report(reports, written=written, warnings=warnings)
 
     def restore(self) -> None:
         """Gives the model its base values back, bit for bit, and takes every hook off."""
@@ -221,6 +222,8 @@ class _State:
     """How the weights were stored when these were worked out."""
     matches: weakref.WeakKeyDictionary[Adapter, Match] = field(default_factory=weakref.WeakKeyDictionary)
     lock: threading.RLock = field(default_factory=threading.RLock)
+    is_copy: bool = False
+    """Whether the model was copied from one that held adapters: they are in what counts as its base."""
     rivals: tuple[weakref.ref[_State], ...] = ()
     """Of other models that share weights with this one: a pipeline, and the UNet in it."""
 
@@ -262,6 +265,10 @@ class _State:
                 layer.release()
 
 
+COPIED = (
+    "this model was copied from one that held adapters, and they stay in it, below those of this set: copy a model "
+    "before adapters are applied to it, or load its weights again"
+)
 _STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 """Freed with the model: nothing in a state holds on to the model or its modules."""
 _MAKING = threading.Lock()
@@ -278,6 +285,7 @@ def _state_of(model: nn.Module) -> _State:
         if state is not None:
             state.end()
         state = _State(TargetTable.of_shapes(shapes), Engine(model, send), SidePath(model, combine))
+        state.is_copy = any(other.engine.is_copied_in(state.engine) for other in _STATES.values())
         state.meet(_STATES.values())
         _STATES[model] = state
         weakref.finalize(model, state.let_go)  # its adapters may live on

@@ -487,6 +487,45 @@ def test_loractl_answers_itself(
     assert generate(webui, "cat") == wanted["cat"]
 
 
+FAILING = """
+from modules import script_callbacks
+import network
+STEPS = {"now": 2}
+def strength(self):
+    return 1 / (STEPS["now"] - 2)
+def set_up(*_):
+    network.Network.steps = STEPS
+    network.Network.unet_multiplier = property(strength)
+script_callbacks.on_app_started(set_up)
+"""
+
+
+@pytest.mark.parametrize("from_step", [0, 2])
+def test_an_extension_whose_property_fails_is_named_and_costs_its_own_effect_only(
+    started: Launch, tmp_path: Path, from_step: int
+) -> None:
+    webui = started()
+    wanted = generate(webui, "cat <lora:tiny_lora:0.8><lora:tiny_loha:0.5>")
+    webui.close()
+    other = write(tmp_path / "z-curves", {"scripts/z.py": FAILING})
+    extensions = tmp_path / "extensions"
+    extensions.mkdir()
+    other = other.rename(extensions / "z-curves")
+    webui = started(extensions={**OURS, "z-curves": other})
+    steps = imported("network").Network.steps
+    if from_step:
+        steps["now"] = 3  # a strength of 1, until it divides by zero
+        at_each_step(lambda step: steps.update(now=2 if step >= from_step else 3))
+    run = webui.generate("cat <lora:tiny_lora:0.8><lora:tiny_loha:0.5>", seed=1, steps=4)
+    said = [line for line in run.comments if "z-curves" in line]
+    assert len(said) == 2 and all("ZeroDivisionError: division by zero" in line for line in said), run.comments
+    assert "the extension z-curves failed when it was asked for unet_multiplier of 'tiny_lora'" in said[0]
+    assert "the strength in the tag is used" in said[0]
+    assert not any("sd-webui-locon itself" in line or "no adapter" in line for line in run.comments)
+    if not from_step:
+        assert generate(webui, "cat <lora:tiny_lora:0.8><lora:tiny_loha:0.5>") == wanted
+
+
 def test_composable_lora_gives_layers_back(started: Launch) -> None:
     webui = started()
     networks = imported("networks")

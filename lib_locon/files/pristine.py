@@ -11,6 +11,7 @@ read, and a file that was replaced is an error.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from lib_locon.errors import FileError
 from lib_locon.files import handles
-from lib_locon.files.handles import HandleIdentity, fill
+from lib_locon.files.handles import HandleIdentity, State, fill
 from lib_locon.files.reader import Entry, SafetensorsFile
 
 TILE = 1 << 20  # numbers that are cast at a time: a few MiB that stay in the cache
@@ -34,11 +35,19 @@ SETTLED = 2_000_000_000
 with no change of its time."""
 
 
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""Places of the file that are looked at, and how much there."""
+
+
 class CheckpointSource:
     """The tensors of one safetensors file by the model's parameter paths. Safe for several threads.
 
     `names` maps a path to the file's key (see `models.checkpoint_keys`); a wrong one does no harm, since the store
     compares before it relies on it. Raises FileError where the file is not the one whose header was read.
+
+    Whoever writes a file can set its size and time to what they were (`touch -r`, `rsync --times`). The time of its
+    last change of any kind (ctime) cannot be set; but it changes when the file is renamed or deleted, too, and its
+    numbers do not. So where that alone has changed, samples of the content are compared.
     """
 
     def __init__(self, file: SafetensorsFile, names: Mapping[str, str], *, hold: bool = os.name != "nt") -> None:
@@ -50,9 +59,10 @@ class CheckpointSource:
         self._held: FileIO | None = None
         opened = self._open()
         try:
-            self._identity = HandleIdentity.of(opened)
+            self._identity, self._ctime_ns = State.of(opened)
             if (self._identity.size, self._identity.mtime_ns) != (file.identity.size, file.identity.mtime_ns):
                 raise FileError(f"{self.path} has changed since its header was read; try again")
+            self._samples = _sampled(opened, self._identity.size)
             if hold:
                 self._held = opened
                 weakref.finalize(self, opened.close)
@@ -60,6 +70,8 @@ class CheckpointSource:
             if self._held is None:
                 opened.close()
         self._settled = False
+        self._is_other = False
+        """Whether the content was found to be another, whatever the file's times say."""
 
     def read(self, path: str, out: Tensor) -> None:
         """Fills `out` (contiguous, on the CPU) with the weight, cast to its dtype. Raises FileError; then undefined."""
@@ -78,7 +90,7 @@ class CheckpointSource:
     def has_parts(self) -> bool:
         """Whether parts can be read without opening the file for each, and it is what it was."""
         try:
-            return self._held is not None and HandleIdentity.of(self._held) == self._identity
+            return self._held is not None and self._is_as_loaded(self._held)
         except OSError:
             return False
 
@@ -90,7 +102,7 @@ class CheckpointSource:
         """
         try:
             with self._open() as file:  # by opening: a network drive asks its server only then
-                same = HandleIdentity.of(file) == self._identity
+                same = self._is_as_loaded(file)
         except (FileError, OSError):
             return False
         # once settled, always: the system's clock may be set back, and then a base would seem lost
@@ -98,23 +110,26 @@ class CheckpointSource:
         return same and self._settled
 
     def take_as_it_is(self) -> Callable[[], None] | None:
-        """Where nothing but the file's time has changed, reads it from now on as it is; returns what refuses it again.
+        """Where nothing but the file's times has changed, reads it from now on as it is; returns what refuses it again.
 
         None where it is as it was, is another, or was written so lately that it may change without showing it.
         """
-        before = self._identity
+        before, ctime_ns = self._identity, self._ctime_ns
         try:
             with self._opened() as file:
-                now = HandleIdentity.of(file)
-        except (FileError, OSError):
+                now, now_ctime_ns = State.of(file)
+                # a write through a memory map, or to a drive that keeps no such times, shows in nothing but the content
+                self._is_other = self._is_other or _sampled(file, now.size) != self._samples
+        except (FileError, OSError, EOFError):
             return None
-        if now == before or now._replace(mtime_ns=before.mtime_ns) != before or not _has_settled(now):
+        same = (now, now_ctime_ns) == (before, ctime_ns)
+        if same or self._is_other or now._replace(mtime_ns=before.mtime_ns) != before or not _has_settled(now):
             return None
 
         def refuse() -> None:
-            self._identity = before
+            self._identity, self._ctime_ns, self._is_other = before, ctime_ns, True
 
-        self._identity = now
+        self._identity, self._ctime_ns = now, now_ctime_ns
         return refuse
 
     def _read(self, entry: Entry, first: int, out: Tensor, *, checked: bool) -> None:
@@ -131,8 +146,18 @@ class CheckpointSource:
                 raise FileError(f"{self.path} cannot be read: {why}") from error
 
     def _check(self, file: FileIO) -> None:
-        if HandleIdentity.of(file) != self._identity:
+        if not self._is_as_loaded(file):
             raise FileError(f"{self.path} has changed since it was loaded")
+
+    def _is_as_loaded(self, file: FileIO) -> bool:
+        """Whether the open file is the one that was loaded, as it was; renamed or deleted meanwhile, it still is."""
+        identity, ctime_ns = State.of(file)
+        if self._is_other or identity != self._identity:
+            return False
+        if ctime_ns != self._ctime_ns:
+            self._is_other = _sampled(file, identity.size) != self._samples
+            self._ctime_ns = self._ctime_ns if self._is_other else ctime_ns
+        return not self._is_other
 
     def _open(self) -> FileIO:
         try:
@@ -148,6 +173,16 @@ class CheckpointSource:
         else:
             with nullcontext() if handles.AT_ONCE else self._lock:  # one handle has one position
                 yield self._held
+
+
+def _sampled(file: FileIO, size: int) -> bytes:
+    """A digest of some of the content: the beginning, where the header is, and places all over the rest."""
+    digest = hashlib.blake2b()
+    for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+        part = bytearray(min(SAMPLE_BYTES, size - start))
+        fill(file, start, torch.frombuffer(part, dtype=torch.uint8))
+        digest.update(part)
+    return digest.digest()
 
 
 def _has_settled(file: HandleIdentity) -> bool:

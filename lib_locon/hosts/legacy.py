@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from lib_locon.hosts.failures import others_error
 from lib_locon.hosts.legacy_modules import LiveModules
 from lib_locon.session import Session, Use
 
@@ -57,6 +58,8 @@ class Shown:
     use: Use
     written: dict[str, object] = field(default_factory=dict)
     theirs: set[str] = field(default_factory=set)
+    problems: dict[str, str] = field(default_factory=dict)
+    """Attribute → a sentence about the code that others put behind it, where that failed."""
 
     def write(self) -> None:
         """Shows what the use asks for, but leaves alone what somebody else has set."""
@@ -68,8 +71,7 @@ class Shown:
 
     def look(self) -> None:
         """Notes what does not read as we wrote it."""
-        changed = {name for name, value in self.written.items() if getattr(self.network, name, value) != value}
-        self.theirs |= changed
+        self.theirs |= {name for name, value in self.written.items() if self._said(name) != value}
 
     def wanted(self) -> Use:
         """The use with what somebody else has set."""
@@ -79,7 +81,7 @@ class Shown:
         if UNET in self.theirs and (unet := self._number(UNET)) is not None:
             strengths = replace(strengths, unet=unet, parts=())
         if DYN in self.theirs:
-            dim = getattr(self.network, DYN)
+            dim = self._said(DYN)
             dyn = dim if dim is None or (type(dim) is int and dim > 0) else dyn
         return Use(self.use.adapter, strengths, dyn, self.use.name)
 
@@ -88,10 +90,25 @@ class Shown:
         self.look()
         return self.wanted() if self.theirs else self.use
 
-    def _number(self, name: str) -> float | None:
-        value = getattr(self.network, name)
+    def _said(self, name: str) -> object:
+        """The attribute's value; what we wrote where there is none, or where the code behind it fails."""
+        ours = self.written.get(name)
         try:
-            number = float(value)
+            return getattr(self.network, name, ours)
+        except Exception as error:
+            if name not in self.problems:
+                instead = "the strength in the tag is used"
+                self.problems[name] = others_error(error, f"{name} of {self.use.name!r}", instead)
+                log.warning("%s", self.problems[name], exc_info=error)
+            self.theirs.discard(name)
+            return ours
+
+    def _number(self, name: str) -> float | None:
+        value = self._said(name)
+        if name in self.problems:
+            return None
+        try:
+            number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             number = math.nan
         if math.isfinite(number):
@@ -156,7 +173,15 @@ class LoadedNetworks:
     def current(self) -> tuple[object, ...]:
         """What the objects in the list say now: comparable, and cheap to ask for."""
         loaded = self.names.loaded if self.names is not None else ()
-        return tuple((id(n), *(getattr(n, name, None) for name in (TE, UNET, DYN))) for n in loaded)
+        known = {id(shown.network): shown for shown in self.shown}
+        return tuple(
+            (id(n), *((known[id(n)]._said(name) if id(n) in known else _plain(n, name)) for name in (TE, UNET, DYN)))
+            for n in loaded
+        )
+
+    def problems(self) -> list[str]:
+        """What is wrong with the code that others put behind the objects, each once."""
+        return list(dict.fromkeys(problem for shown in self.shown for problem in shown.problems.values()))
 
     def clear(self) -> None:
         """Nothing is in use."""
@@ -181,5 +206,13 @@ def _blank(names: Names, use: Use) -> Any:
 
 
 def _set(network: Any, name: str, value: object) -> None:
-    with suppress(AttributeError):  # somebody made a property of it that cannot be set: then it says what it is
+    with suppress(Exception):  # somebody made a property of it that cannot be set: then it says what it is
         setattr(network, name, value)
+
+
+def _plain(network: Any, name: str) -> object:
+    """The attribute of an object that is none of ours."""
+    try:
+        return getattr(network, name, None)
+    except Exception:  # noqa: BLE001  it is not asked for its strength, only whether it changed
+        return None

@@ -53,11 +53,17 @@ class Sessions:
             session.restore()
 
     def clear(self) -> None:
-        """Gives every model its base back and forgets it."""
+        """Gives every model its base back and forgets it. Goes on to the end; raises the first PatchError after it."""
+        failed: LoconError | None = None
         for session in self._all():
-            session.restore()
+            try:
+                session.restore()
+            except LoconError as error:
+                failed = failed or error
         with self._lock:
             self._known.clear()
+        if failed is not None:
+            raise failed
 
     def _all(self) -> list[Session]:
         with self._lock:

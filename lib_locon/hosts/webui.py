@@ -56,6 +56,7 @@ class Webui:
         """What other extensions see of the set in use, and may change."""
         self._presets_text = ""
         self._suspended = False
+        self._said_of_others: set[str] = set()
         self._step = (0, 1)
         self._scheduled: Scheduled | None = None
         self._in_use: weakref.ref[nn.Module] | None = None
@@ -166,6 +167,8 @@ class Webui:
             session = self._ready(model, now.checkpoint)
             uses = self.loaded.show(uses, model, session)
             report = session.apply(uses)
+            self._said_of_others = set(self.loaded.problems())
+            problems = list(map(Problem, self.loaded.problems()))
             if report.written:
                 log.info("%s", session.engine.store.report())
         except Exception as error:
@@ -254,6 +257,7 @@ class Webui:
         try:
             asked = now.found.at(step, steps, hires=now.hires) if now.by_step else now.uses
             uses = self.loaded.adjusted(asked)
+            self._say_of_others(now)
             if anew or now.by_step or self.loaded.touched or not session.active:
                 session.apply(uses)
         except Exception as error:
@@ -265,6 +269,14 @@ class Webui:
             log.warning("%s", problem)
             if self.comments != "nothing":
                 now.comment(problem)
+
+    def _say_of_others(self, now: Scheduled) -> None:
+        """Once for each fault of another extension that shows in the middle of a run."""
+        for problem in self.loaded.problems():
+            if problem not in self._said_of_others:
+                self._said_of_others.add(problem)
+                if self.comments != "nothing":
+                    now.comment(problem)
 
     def finished(self) -> None:
         """The run is over. What its last step left is changed, or found right, by the next `activate`."""

@@ -30,6 +30,13 @@ from lib_locon.patching.stored_scale import RoundingCost
 from lib_locon.patching.workspace import Workspace
 from lib_locon.patching.writer import Send, Writer, writing
 
+COMPARED = 3
+"""Weights that two models are compared by, to tell a copy: patched ones are equal by no chance."""
+
+
+class NoData(PatchError):
+    """A weight that the host sent to the meta device: there is nothing in it, and nothing can be put back."""
+
 
 class _Failed(Exception):
     """A weight that could not be written. Its cause says why."""
@@ -84,6 +91,17 @@ class Engine:
             return all(
                 held.patches is not None and path in there and held.untouched(there[path])
                 for path, held in self._held.items()
+            )
+
+    def is_copied_in(self, other: Engine) -> bool:
+        """Whether another model's weights hold what this one wrote into its own: it is a copy, patches and all."""
+        with self._own():
+            mine = self._weights.found(list(self._held)[:COMPARED])
+            theirs = other._weights.found(mine)
+            pairs = [(weight, theirs[path]) for path, weight in mine.items() if path in theirs]
+            return bool(pairs) and all(
+                one is not copy and not one.is_meta and one.device == copy.device and same_bits(one, copy)
+                for one, copy in pairs
             )
 
     def shares(self, other: Engine) -> bool:
@@ -168,7 +186,8 @@ class Engine:
         if failed:
             path, cause = next(iter(failed.items()))
             what = f"{len(failed)} weights, {path} first, could not be given their base back ({cause})"
-            raise PatchError(what if isinstance(cause, BaseLost) else f"{what}; load the checkpoint again") from cause
+            known = isinstance(cause, (BaseLost, NoData))
+            raise PatchError(what if known else f"{what}; load the checkpoint again") from cause
 
     def _own(self) -> AbstractContextManager[object]:
         """The engine to oneself. Raises PatchError in a worker: the change that it is a part of has the engine."""
@@ -190,7 +209,7 @@ class Engine:
             self._write(path, ())
         except BaseLost as error:
             failed[path] = error
-        except ModuleGone as error:
+        except (ModuleGone, NoData) as error:
             failed[path] = error
             self._forget(path)  # said once: nothing can be done about it
         except Exception as error:  # noqa: BLE001  the others must get their base back, whatever is wrong with this one
@@ -211,7 +230,7 @@ class Engine:
         there = self._weights.found(self._held)
         for path, weight in there.items():
             entry = self._held[path]
-            if entry.untouched(weight):
+            if entry.untouched(weight) or weight.is_meta:
                 continue
             try:
                 base = self.store.fetch(path, weight)
@@ -272,6 +291,8 @@ class Engine:
         self, path: str, patches: Sequence[Patch], rounding: Rounding = "exact", space: Workspace | None = None
     ) -> Tensor | None:
         weight = self._weights.weight(path)
+        if weight.is_meta:
+            raise NoData(f"{path} was moved to the meta device, which holds no numbers; load the model again")
         with writing(weight):
             write = self._writer.ready(path, weight, patches, rounding, space)
             # noted before the first byte changes: whatever happens from here on, `restore` will see to this weight

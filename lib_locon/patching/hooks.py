@@ -56,13 +56,27 @@ class Term:
         return tuple(patch.key for patch in self.patches)
 
 
+def no_hook(*_: object, **__: object) -> None:
+    """The place of a hook in a copy of its model. Nothing runs beside a copy: no Session of it could stop that."""
+
+
+def _inert() -> Any:
+    return no_hook
+
+
 class Hook:
-    """What stands on one module. Without terms it does nothing, also where it could not be removed."""
+    """What stands on one module. Without terms it does nothing, also where it could not be removed.
+
+    A copy of the model (`copy.deepcopy`, a pickle) gets `no_hook` instead.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.terms: tuple[Term, ...] = ()
         self.handle: RemovableHandle | None = None
+
+    def __reduce__(self) -> Any:
+        return _inert, ()
 
     @property
     def key(self) -> tuple[object, ...]:

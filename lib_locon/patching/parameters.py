@@ -87,9 +87,12 @@ class Parameters:
         return None
 
     def forms(self) -> tuple[object, ...]:
-        """Path, type and dtype of each that is there; a module may have none in the place of a bias."""
+        """Path, type and dtype of each that is there, and whether it holds numbers; there may be none for a bias."""
         found = self.found(self._owners)
-        return tuple((path, type(weight), getattr(weight, "dtype", None)) for path, weight in found.items())
+        return tuple(
+            (path, type(weight), getattr(weight, "dtype", None), getattr(weight, "is_meta", False))
+            for path, weight in found.items()
+        )
 
     def are_of(self, model: nn.Module) -> bool:
         """Whether the model still has the modules that it had, at their places."""
