@@ -71,7 +71,9 @@ class CheckpointSource:
                 opened.close()
         self._settled = False
         self._is_other = False
-        """Whether the content was found to be another, whatever the file's times say."""
+        """Whether the content was found to be another at the last look, whatever the file's times say."""
+        self._refused: State | None = None
+        """The state in which the file did not give what the weights hold."""
 
     def read(self, path: str, out: Tensor) -> None:
         """Fills `out` (contiguous, on the CPU) with the weight, cast to its dtype. Raises FileError; then undefined."""
@@ -119,7 +121,7 @@ class CheckpointSource:
             with self._opened() as file:
                 now, now_ctime_ns = State.of(file)
                 # a write through a memory map, or to a drive that keeps no such times, shows in nothing but the content
-                self._is_other = self._is_other or _sampled(file, now.size) != self._samples
+                self._is_other = _sampled(file, now.size) != self._samples
         except (FileError, OSError, EOFError):
             return None
         same = (now, now_ctime_ns) == (before, ctime_ns)
@@ -127,7 +129,7 @@ class CheckpointSource:
             return None
 
         def refuse() -> None:
-            self._identity, self._ctime_ns, self._is_other = before, ctime_ns, True
+            self._identity, self._ctime_ns, self._refused = before, ctime_ns, State(now, now_ctime_ns)
 
         self._identity, self._ctime_ns = now, now_ctime_ns
         return refuse
@@ -152,7 +154,7 @@ class CheckpointSource:
     def _is_as_loaded(self, file: FileIO) -> bool:
         """Whether the open file is the one that was loaded, as it was; renamed or deleted meanwhile, it still is."""
         identity, ctime_ns = State.of(file)
-        if self._is_other or identity != self._identity:
+        if self._is_other or identity != self._identity or (identity, ctime_ns) == self._refused:
             return False
         if ctime_ns != self._ctime_ns:
             self._is_other = _sampled(file, identity.size) != self._samples
