@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_allow_pickle(command: argparse.ArgumentParser) -> None:
-    what = "also read pickled adapters (.pt, .ckpt); only from authors you trust"
+    what = "also read pickled adapters (.pt, .ckpt, .bin); only from authors you trust"
     command.add_argument("--allow-pickle", action="store_true", help=what)
 
 

@@ -177,9 +177,17 @@ class _Names:
     def tag(self, entry: Entry, alias: str, digest: str) -> str:
         """What to write into a tag: the first of these that fits into one and leads to the file, and to no other."""
         name = self.shortest(entry)
-        choices = (alias, name, entry.name, in_a_tag(name), in_a_tag(entry.name), quoted(entry.name))
-        found = (each for each in choices if _fits_into_a_tag(each) and tuple(self._lookup.find(each)) == (entry,))
-        return next(found, f"#{digest[:ENOUGH_DIGITS]}" if digest else in_a_tag(entry.name))
+        for choice in filter(_fits_into_a_tag, (alias, name, entry.name)):
+            if self._leads_to(entry, choice):
+                return choice
+        for choice in (in_a_tag(name), in_a_tag(entry.name), quoted(entry.name)):
+            if self._leads_to(entry, choice):
+                return choice
+        return f"#{digest[:ENOUGH_DIGITS]}" if digest else in_a_tag(entry.name)
+
+    def _leads_to(self, entry: Entry, name: str) -> bool:
+        found = self._lookup.find(name)
+        return len(found) == 1 and found[0] is entry
 
 
 def _says_more(label: str, than: str) -> bool:

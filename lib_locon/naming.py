@@ -7,6 +7,7 @@ address, `%3A` for a colon: so that a tag can hold any.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
@@ -14,6 +15,9 @@ from urllib.parse import unquote
 
 T = TypeVar("T")
 Spelling = Callable[[str], str]
+# `:` and `>` end a name in a tag; a text box changes line ends; half a letter (a byte of a name that is no Unicode text)
+# does not come back from a browser
+_UNFIT = re.compile(r"[:>\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def as_it_is(name: str) -> str:
@@ -36,14 +40,14 @@ _SPELLINGS: tuple[Spelling, ...] = (as_it_is, composed, tidy)
 
 def fits_into_a_tag(name: str) -> bool:
     """Whether a tag can hold the name as it is, and a prompt box and an image's text keep it so."""
-    return bool(name.strip()) and not any(map(_needs_quotes, name))
+    return bool(name.strip()) and not _UNFIT.search(name)
 
 
 def in_a_tag(name: str) -> str:
     """The name as a tag can hold it: quoted, as in an address, where it must be."""
     if fits_into_a_tag(name):
         return name
-    text = "".join(quoted(letter) if letter == "%" or _needs_quotes(letter) else letter for letter in name)
+    text = _UNFIT.sub(lambda found: quoted(found[0]), name.replace("%", quoted("%")))
     return text if text.strip() else quoted(name)
 
 
@@ -54,12 +58,6 @@ def quoted(name: str) -> str:
     except UnicodeEncodeError:  # Windows allows halves of letters that Linux has no bytes for
         letters = name.encode("utf-8", "surrogatepass")
     return "".join(f"%{byte:02X}" for byte in letters)
-
-
-def _needs_quotes(letter: str) -> bool:
-    # `:` and `>` end a name in a tag; a text box changes line ends; half a letter (a byte of a name that is no Unicode
-    # text) does not come back from a browser
-    return letter in ":>" or unicodedata.category(letter) in ("Cc", "Cs")
 
 
 class Table(Generic[T]):

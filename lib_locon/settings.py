@@ -42,7 +42,7 @@ class Setting:
 
 ALLOW_PICKLE = Setting(
     "locon_allow_pickle",
-    "Read adapters in pickled files (.pt, .ckpt) too: such a file can hold a program, so only from authors you trust",
+    "Read pickled adapters (.pt, .ckpt, .bin) too: such a file can hold a program, so only from authors you trust",
     False,
 )
 SIDE_PATH = Setting(

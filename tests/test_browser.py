@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 ONE, OTHER = sorted(path.stem for path in ADAPTERS.glob("*.safetensors"))[:2]
 ATTACK = "<img src=x onerror=attacked()>"
-UNUSABLE = ATTACK
+MARKED = ATTACK
+MARKED_TAG = ATTACK.replace(">", "%3E")
+"""No tag can hold that name as it is."""
 PARTLY = "partly"
 STRANGE = "a'b\"c&d \\ (x) [y] <b"
 """A file's name that a tag can hold: no `:` and no `>`."""
@@ -62,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         key.replace(f"{module}.", "lora_te2_text_model_encoder_layers_0_mlp_fc1."): tensors[key] for key in tensors
     }
     save_file(moved, folder / f"{PARTLY}.safetensors")
-    for name in (UNUSABLE, STRANGE):
+    for name in (MARKED, STRANGE):
         save_file(load_file(ADAPTERS / f"{ONE}.safetensors"), folder / f"{name}.safetensors", attack)
         (folder / f"{name}.json").write_text(json.dumps(words))
     return folder
@@ -239,7 +241,7 @@ def test_search_and_sort(page: Page) -> None:
         return list(page.locator(".card:visible .name").all_text_contents())
 
     all_names = names()
-    assert {ONE, OTHER, PARTLY, STRANGE, UNUSABLE} == set(all_names)
+    assert {ONE, OTHER, PARTLY, STRANGE, MARKED} == set(all_names)
     page.fill(".search", OTHER.upper())
     assert names() == [name for name in all_names if OTHER in name]
     page.fill(".search", "")
@@ -252,11 +254,13 @@ def test_search_and_sort(page: Page) -> None:
 
 def test_names_and_words_of_files_stay_text(page: Page) -> None:
     assert page.locator("img[src='x']").count() == 0
-    assert card(page, UNUSABLE).locator(".name").inner_text() == UNUSABLE
-    assert card(page, UNUSABLE).locator(".description").inner_text() == ATTACK
-    assert card(page, UNUSABLE).is_disabled()
-    assert "rename the file" in card(page, UNUSABLE).get_attribute("title")
+    assert card(page, MARKED).locator(".name").inner_text() == MARKED
+    assert card(page, MARKED).locator(".description").inner_text() == ATTACK
     page.fill("#prompt", "cat")
+    card(page, MARKED).click()
+    assert prompt(page).startswith(f"cat <lora:{MARKED_TAG}:1> ")
+    card(page, MARKED).click()
+    assert prompt(page) == "cat"
     card(page, STRANGE).click()
     assert prompt(page) == f"cat <lora:{STRANGE}:1> {ATTACK}'\""
     generated(page)
@@ -317,7 +321,7 @@ def test_the_html_that_the_host_would_show(chromium: Browser, address: str, fold
     assert page.evaluate("window.wrong") is None
     fetched = [url.rpartition("/")[2] for url in asked if ".mjs" in url]
     assert sorted(fetched) == [f"{name}?17.5" for name in sorted(parts)], "each once, none from an older version"
-    assert unescape(cards).count(str(folder / f"{UNUSABLE}.safetensors")) >= 1
+    assert unescape(cards).count(str(folder / f"{MARKED}.safetensors")) >= 1
     page.close()
 
 
@@ -352,7 +356,7 @@ def closed(page: Page) -> bool:
 @pytest.mark.parametrize("kind", ["lora", "lyco"])
 def test_a_name_is_completed(page: Page, box: Any, kind: str) -> None:
     box.press_sequentially(f"cat <{kind}:")
-    assert {ONE, OTHER, PARTLY, STRANGE} == set(offers(page))
+    assert {ONE, OTHER, PARTLY, STRANGE, MARKED_TAG} == set(offers(page))
     box.press_sequentially(ONE[1:4].upper())
     page.locator(".locon-offer").nth(1).wait_for(state="detached")
     assert offers(page) == [ONE]

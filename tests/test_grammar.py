@@ -354,6 +354,25 @@ def test_a_tag_that_cannot_be_read_is_left_out_and_the_caret_is_under_the_place(
     assert caret.index("^") - 2 == tag.rindex(place)
 
 
+@pytest.mark.parametrize("before", [0, 1, 190, 500, 50_000])
+@pytest.mark.parametrize("behind", [0, 1, 190, 500, 50_000])
+def test_of_a_long_tag_only_what_is_around_the_place_is_shown(before: int, behind: int) -> None:
+    tag = f"<lora:{'a' * before}b:te=wrong{':1' * 3}:{'c' * behind}>"
+    (problem,) = parse_prompt(tag).bad
+    message, shown, caret = str(problem).split("\n")
+    assert shown[caret.index("^") :].startswith("wrong:1")
+    assert len(shown) <= 404
+    assert shown.strip().strip("…") in tag
+    assert ("…" in shown) == (len(tag) > 400)
+    assert len(str(problem)) < 1000 or len(message) > 500
+
+
+def test_sentences_about_one_tag_grow_as_it_does() -> None:
+    parsed = parse_prompt(f"<lora:a{(':' + 'x' * 450) * 199}>")
+    assert len(parsed.warnings) > 190
+    assert sum(len(str(warning)) for warning in parsed.warnings) < 400_000
+
+
 def test_the_caret_is_under_the_value_where_blanks_stand_before_it() -> None:
     (problem,) = parse_prompt("<lora:style:te=  abc>").bad
     assert problem.position == "<lora:style:te=  abc>".index("abc")

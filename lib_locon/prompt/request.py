@@ -13,6 +13,8 @@ from lib_locon.prompt.window import Window
 
 __all__ = ["Problem", "Request", "Strengths"]
 ONE = Curve.constant(1.0)
+MOST_SHOWN = 400
+"""Characters of a tag, in a sentence about it."""
 ENCODERS, PARTS = ("te1", "te2"), ("in", "mid", "out")
 Curves = tuple[tuple[str, Curve], ...]
 
@@ -138,4 +140,10 @@ class Problem:
     def __str__(self) -> str:
         if not self.tag:
             return self.message
-        return f"{self.message}\n  {self.tag}\n  {' ' * self.position}^"
+        # of a long tag what is around the place: there may be a sentence for each of its arguments
+        first = max(0, min(self.position - MOST_SHOWN // 2, len(self.tag) - MOST_SHOWN))
+        shown, place = self.tag[first : first + MOST_SHOWN], self.position - first
+        if first:
+            shown, place = f"…{shown}", place + 1
+        more = "…" if first + MOST_SHOWN < len(self.tag) else ""
+        return f"{self.message}\n  {shown}{more}\n  {' ' * place}^"
