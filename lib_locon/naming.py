@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 T = TypeVar("T")
 Spelling = Callable[[str], str]
-# `:` and `>` end a name in a tag; a text box changes line ends; half a letter (a byte of a name that is no Unicode text)
-# does not come back from a browser
+# `:` and `>` end a name in a tag; a text box changes line ends; half a letter (a byte of a name that is no Unicode
+# text) does not come back from a browser
 _UNFIT = re.compile(r"[:>\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
