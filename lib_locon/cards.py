@@ -165,7 +165,7 @@ class _Names:
 
     def __init__(self, files: Sequence[_File], aliases: Sequence[tuple[str, Entry]] = ()) -> None:
         self._stems = Counter(file.entry.stem for file in files)
-        self._paths = {file.entry.name for file in files}
+        self._paths = Counter(file.entry.name for file in files)
         table = Table(aliases)
         self._lookup = Lookup([(file.entry.name, file.entry) for file in files], lambda: table)
 
@@ -177,9 +177,11 @@ class _Names:
     def tag(self, entry: Entry, alias: str, digest: str) -> str:
         """What to write into a tag: the first of these that fits into one and leads to the file, and to no other."""
         name = self.shortest(entry)
-        for choice in filter(_fits_into_a_tag, (alias, name, entry.name)):
-            if self._leads_to(entry, choice):
-                return choice
+        if alias and _fits_into_a_tag(alias) and self._leads_to(entry, alias):
+            return alias
+        # its shortest name is its alone, but where folders side by side hold files of one path
+        if _fits_into_a_tag(name) and (name != entry.name or self._paths[name] == 1):
+            return name
         for choice in (in_a_tag(name), in_a_tag(entry.name), quoted(entry.name)):
             if self._leads_to(entry, choice):
                 return choice
