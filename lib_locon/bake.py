@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -16,34 +16,20 @@ from lib_locon.files.handles import fill, read_exactly
 from lib_locon.files.hashes import hashes_of
 from lib_locon.files.reader import Entry, SafetensorsFile
 from lib_locon.files.writer import CHUNK, write_safetensors
-from lib_locon.inspection import checkpoint_table, is_rounded, match_checkpoint, scale_entry
-from lib_locon.matching import Match, Matched
+from lib_locon.inspection import checkpoint_table, unwritable
+from lib_locon.matching import Match, Matched, match
 from lib_locon.models.targets import View
 from lib_locon.patching.compute import patched
 from lib_locon.patching.overflow import overflows
 from lib_locon.patching.plan import Patch, Plan, make_plan
-from lib_locon.patching.stored_scale import RoundingCost, decode, encode, stretched
 from lib_locon.prompt.request import Strengths
 from lib_locon.report import AdapterReport
 from lib_locon.session import Use
 
-MOST_LOSS = 0.2
-"""The error of rounding, as a share of the change, beyond which scaled weights of 8 bits are not written unasked."""
 RECIPE = "locon_recipe"
 """The metadata key that says how a file was baked."""
 Progress = Callable[[int, int], None]
 """Bytes done, bytes in all."""
-
-
-class TooLossy(FileError):
-    """A checkpoint whose weights of 8 bits cannot hold the change."""
-
-    def __init__(self, key: str, share: float) -> None:
-        super().__init__(
-            "nothing was written: the checkpoint stores its weights in 8 bits with a scale, and rounding to them makes "
-            f"an error of {min(share, 9.99):.0%} of the change (at {key}); bake into a checkpoint of 16 bits and "
-            "quantise that, or say --lossy to write it all the same"
-        )
 
 
 @dataclass(frozen=True)
@@ -65,20 +51,18 @@ def bake(
     progress: Progress,
     *,
     skip_bad: bool = False,
-    lossy: bool = False,
 ) -> Baked:
     """Writes `out`: the checkpoint with the adapters in it, dtypes, order and metadata kept, the recipe added.
 
     Needs the memory of the largest tensor in fp32 a few times over, whatever the file's size. Raises FileError, also
-    for an adapter that would change nothing (unless `skip_bad`), for strengths that depend on the step, and where
-    weights with a scale beside them cannot hold the change but for an error beyond `MOST_LOSS` (unless `lossy`); `out`
-    then does not exist, or is what it was.
+    for an adapter that would change nothing (unless `skip_bad`), and for strengths that depend on the step; `out` then
+    does not exist, or is what it was.
     """
     for use in uses:
         if use.strengths.schedule:
             raise FileError(f"nothing was written: {no_steps(use.name or use.adapter.name, use.strengths)}")
     table = checkpoint_table(checkpoint)
-    matches = [match_checkpoint(use.adapter, checkpoint, table) for use in uses]
+    matches = [match(use.adapter, table, partial(unwritable, checkpoint), may_grow=True) for use in uses]
     reports = [use.report(found) for use, found in zip(uses, matches, strict=True)]
     useless = [report for report in reports if not report.used]
     if useless and not skip_bad:
@@ -91,22 +75,14 @@ def bake(
     total = sum(entry.end - entry.start for entry in entries.values())
     done = 0
 
-    cost, most_loss = RoundingCost(), math.inf if lossy else MOST_LOSS
-
     def data(key: str) -> Iterator[bytes]:
         nonlocal done
-        for chunk in _tensor_bytes(checkpoint, key, entries[key].shape, plan.get(key, ()), cost, most_loss):
+        for chunk in _tensor_bytes(checkpoint, checkpoint.entries[key], entries[key].shape, plan.get(key, ())):
             yield chunk
             done += len(chunk)
             progress(done, total)
 
     write_safetensors(out, entries, {**checkpoint.metadata, RECIPE: _recipe(checkpoint, uses, prompt)}, data, RECIPE)
-    if str(cost):  # known only now, for it is measured while the weights are made
-        rounded = [any(is_rounded(checkpoint, item.view.path) for item in found.matched) for found in matches]
-        reports = [
-            replace(report, notes=(*report.notes, str(cost))) if mine else report
-            for report, mine in zip(reports, rounded, strict=True)
-        ]
     return Baked(out, len(plan), len(entries), tuple(reports))
 
 
@@ -152,53 +128,29 @@ def _resized(entry: Entry, shape: tuple[int, ...]) -> Entry:
 
 
 def _tensor_bytes(
-    checkpoint: SafetensorsFile,
-    key: str,
-    shape: tuple[int, ...],
-    patches: Sequence[Patch],
-    cost: RoundingCost,
-    most_loss: float,
+    checkpoint: SafetensorsFile, entry: Entry, shape: tuple[int, ...], patches: Sequence[Patch]
 ) -> Iterator[bytes]:
     """The bytes of one tensor of the new file, of the shape `shape` (that of the old one, or larger)."""
-    entry, beside = checkpoint.entries[key], scale_entry(checkpoint, key)
     if not patches:
         with checkpoint.opened() as file:
             for start in range(entry.start, entry.end, CHUNK):
                 yield read_exactly(file, start, min(CHUNK, entry.end - start))
         return
-    base = _tensor(checkpoint, entry)
+    with checkpoint.opened() as file:
+        base = torch.empty(entry.shape, dtype=entry.torch_dtype, device="cpu")
+        fill(file, entry.start, base)
     try:
         if shape != entry.shape:
             base = torch.nn.functional.pad(base, _padding(entry.shape, shape))
-        if beside is not None or is_rounded(checkpoint, key):
-            scale = None if beside is None else stretched(_tensor(checkpoint, beside), entry.shape)
-            before = decode(base, scale)
-            total, extremes = patched(before, patches)
-            new = encode(total, scale, entry.torch_dtype)
-            if is_rounded(checkpoint, key):
-                cost.add(before, total, decode(new, scale))
-                if scale is not None and cost.share > most_loss:
-                    raise TooLossy(key, cost.share)
-        else:
-            new, extremes = patched(base, patches)
-            total = new
-    except TooLossy:
-        raise
+        new, extremes = patched(base, patches)
     except Exception as error:  # whatever a family's arithmetic meets, the user gets a sentence and no half file
         what = str(error) or type(error).__name__
         raise FileError(f"a tensor of the shape {list(shape)} could not be patched: {what}") from error
-    if extremes is not None and overflows(extremes, total.dtype) and bool(torch.isfinite(base.float()).all()):
+    if extremes is not None and overflows(extremes, new.dtype) and bool(torch.isfinite(base.float()).all()):
         raise FileError(
             f"at these strengths a tensor of the shape {list(shape)} has numbers that {new.dtype} cannot hold"
         )
     yield new.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _tensor(checkpoint: SafetensorsFile, entry: Entry) -> torch.Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.torch_dtype, device="cpu")
-    with checkpoint.opened() as file:
-        fill(file, entry.start, tensor)
-    return tensor
 
 
 def _padding(old: tuple[int, ...], new: tuple[int, ...]) -> list[int]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lib_locon.files.adapter import Adapter, Module, Unmatched, read_adapter
-from lib_locon.files.reader import Entry, SafetensorsFile
-from lib_locon.matching import Match, match, rounded_note
+from lib_locon.files.reader import SafetensorsFile
+from lib_locon.matching import match
 from lib_locon.models.base_family import base_family
 from lib_locon.models.table import TargetTable
 from lib_locon.models.targets import View
-from lib_locon.patching.stored_scale import PLAIN, SCALES, is_known_layout
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,6 @@ class BaseMatch:
     bytes: int
     """Their size in the checkpoint."""
     unmatched: tuple[Unmatched, ...]
-    notes: tuple[str, ...] = ()
-    """What the checkpoint's own storage does to the sums."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +80,11 @@ def inspect(path: Path, checkpoint: SafetensorsFile | None = None, *, allow_pick
 
 def base_match(adapter: Adapter, checkpoint: SafetensorsFile) -> BaseMatch:
     """What `adapter` would change in `checkpoint`, from both headers."""
-    found = match_checkpoint(adapter, checkpoint, checkpoint_table(checkpoint))
+    found = match(adapter, checkpoint_table(checkpoint), partial(unwritable, checkpoint), may_grow=True)
     paths = {item.view.path for item in found.matched}
     entries = [checkpoint.entries[path] for path in paths]
     size = sum(prod(entry.shape) * entry.torch_dtype.itemsize for entry in entries)
-    notes = tuple(note for note in found.notes if note not in adapter.notes)
-    return BaseMatch(str(checkpoint.path), found.used, found.total, len(paths), size, found.unmatched, notes)
-
-
-def match_checkpoint(adapter: Adapter, checkpoint: SafetensorsFile, table: TargetTable) -> Match:
-    """As `match`, with a checkpoint file of that table of names, and a note where sums are rounded to 8 bits."""
-    found = match(adapter, table, partial(unwritable, checkpoint), may_grow=True)
-    count = sum(is_rounded(checkpoint, path) for path in {item.view.path for item in found.matched})
-    return replace(found, notes=(*found.notes, rounded_note(count))) if count else found
+    return BaseMatch(str(checkpoint.path), found.used, found.total, len(paths), size, found.unmatched)
 
 
 def checkpoint_table(checkpoint: SafetensorsFile) -> TargetTable:
@@ -108,25 +95,7 @@ def checkpoint_table(checkpoint: SafetensorsFile) -> TargetTable:
 def unwritable(checkpoint: SafetensorsFile, view: View, _: object) -> str | None:
     """Why a tensor of a checkpoint cannot hold a sum; None where it can."""
     entry = checkpoint.entries[view.path]
-    scale = scale_entry(checkpoint, view.path)
-    if scale is not None and not is_known_layout(scale.shape, scale.torch_dtype, entry.shape):
-        shape = " × ".join(map(str, scale.shape))
-        return f"the checkpoint stores it as {entry.dtype} with a scale of a layout that is not known ({shape})"
-    if entry.torch_dtype.is_floating_point or (entry.torch_dtype == torch.int8 and scale is not None):
-        return None
-    return f"the checkpoint stores it as {entry.dtype}"
-
-
-def scale_entry(checkpoint: SafetensorsFile, path: str) -> Entry | None:
-    """The scale that lies beside a weight of a checkpoint; None where there is none."""
-    module, _, parameter = path.rpartition(".")
-    names = (f"{module}.{name}" for name in SCALES) if parameter == "weight" else ()
-    return next((checkpoint.entries[name] for name in names if name in checkpoint.entries), None)
-
-
-def is_rounded(checkpoint: SafetensorsFile, path: str) -> bool:
-    """Whether a sum in this tensor is rounded to 8 bits."""
-    return checkpoint.entries[path].torch_dtype not in PLAIN
+    return None if entry.torch_dtype.is_floating_point else f"the checkpoint stores it as {entry.dtype}"
 
 
 def _component(module: Module) -> str:

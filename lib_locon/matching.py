@@ -22,7 +22,6 @@ from lib_locon.patching.sidepath import SidePath
 Unwritable = Callable[[View, Layer], "str | None"]
 """Says why a weight cannot be changed by a layer; None where it can."""
 WRONG_SHAPE = "wrong shape"
-ROUNDED = "rounded to 8 bits again"
 MOST_GROWTH = 16
 """How many times its size a weight may grow for `reshape_weight`; Flux's tools need 2 to 6."""
 FIRST_LAYERS = frozenset({"input_blocks.0.0", "conv_in", "img_in", "x_embedder", "x_embedder.proj", "pos_embed.proj"})
@@ -75,17 +74,12 @@ def match_model(adapter: Adapter, table: TargetTable, side: SidePath) -> Match:
     count = len(judge.rounded.intersection(item.view.path for item in found.matched))
     if not count:
         return found
-    return replace(found, notes=(*found.notes, rounded_note(count)))
-
-
-def rounded_note(count: int) -> str:
-    """That so many weights cannot hold a sum without rounding it."""
     what = (
         "1 weight is stored in 8 bits: its sum is"
         if count == 1
         else f"{count} weights are stored in 8 bits: their sums are"
     )
-    return f"{what} {ROUNDED}"
+    return replace(found, notes=(*found.notes, f"{what} rounded to 8 bits again"))
 
 
 def match(

@@ -17,7 +17,7 @@ from lib_locon.families.layer import Layer, send
 from lib_locon.files.adapter import Adapter
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import SafetensorsFile
-from lib_locon.matching import ROUNDED, Match, Matched, match_model
+from lib_locon.matching import Match, Matched, match_model
 from lib_locon.models.blocks import place_of
 from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.models.table import TargetTable
@@ -146,12 +146,6 @@ class Session:
                 used = {id(item.layer): item.layer for found in matches for item in found.matched}
                 state.layers.update(used)
                 written = self.side.set(beside) + self.engine.apply(merged, rounding, findings)
-                if cost := str(self.engine.rounding_cost):
-                    rounded = [any(note.endswith(ROUNDED) for note in report.notes) for report in reports]
-                    reports = tuple(
-                        replace(report, notes=(*report.notes, cost)) if mine else report
-                        for report, mine in zip(reports, rounded, strict=True)
-                    )
             except BaseException:
                 self.restore()  # half of a set is no set, and neither is the one before
                 raise

@@ -9,7 +9,6 @@ import copy
 import ctypes
 import gc
 import mmap
-import re
 import sys
 import types
 import weakref
@@ -823,13 +822,13 @@ def test_scales_of_a_known_layout(sizes: tuple[int, ...], dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", [FP8, torch.int8, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "scale", [*(torch.ones(sizes) for sizes in ((8, 3), (5, 2), (8,), (12, 1, 1), (2, 12, 8), (0,))), "x", 0.5],
+    "scale", [*(torch.ones(sizes) for sizes in ((8, 3), (3, 2), (8,), (12, 1, 1), (2, 12, 8), (0,))), "x", 0.5],
     ids=lambda scale: str(tuple(scale.shape)) if isinstance(scale, Tensor) else repr(scale),
 )  # fmt: skip
 def test_a_scale_whose_layout_is_not_known_leaves_out_its_weight_alone(
     scale: object, dtype: torch.dtype, tmp_path: Path, write_adapter: WriteAdapter
 ) -> None:
-    """Decoded as one of ours it would be noise, or no sum at all."""
+    """Block by block, as many quantisers store it: decoded as one of ours it would be noise, or no sum at all."""
     model = nn.ModuleDict({"odd": in_8_bits(dtype, scale), "known": in_8_bits(FP8, torch.tensor(0.01))})
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tensors = {**tensors_of("lora", (12, 8)), "dora_scale": torch.ones(12, 1)}
@@ -864,12 +863,9 @@ def test_it_is_said_that_a_sum_is_rounded_to_8_bits_again(
     model = nn.ModuleDict({**parts, "scaled": in_8_bits(torch.float16, torch.tensor(0.01))})
     session = lib_locon.Session(model, side_path=side_path)
     lines = str(session.apply([lib_locon.Use(pure), lib_locon.Use(beside), lib_locon.Use(single)])).split("\n")
-    cost = r"; rounding to 8 bits makes an error of \d+% of the change of 2 weights"
-    said = ": 4/4 layers; 2 weights are stored in 8 bits: their sums are rounded to 8 bits again"
-    assert re.search(f"{said}{cost}$", lines[0])
+    assert lines[0].endswith(": 4/4 layers; 2 weights are stored in 8 bits: their sums are rounded to 8 bits again")
     assert lines[1].endswith(": 2/2 layers")
-    said = ": 1/1 layers; 1 weight is stored in 8 bits: its sum is rounded to 8 bits again"
-    assert re.search(f"{said}{cost}$", lines[2])
+    assert lines[2].endswith(": 1/1 layers; 1 weight is stored in 8 bits: its sum is rounded to 8 bits again")
     asked = []
     monkeypatch.setattr(Judge, "__call__", lambda *_: asked.append(1))
     assert "2 weights" in str(session.apply([lib_locon.Use(pure, lib_locon.Strengths.both(0.5))]))

@@ -164,10 +164,8 @@ def _template(name: str) -> tuple[str, str]:
 
 
 def _parts(views: Views, shares: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> Views:
-    """Each parameter cut into row blocks by these shares; none of those that have no such rows (a scale, say)."""
-    rows = {parameter: next(iter(shapes[view[0].path]), 0) for parameter, view in views.items()}
-    cut = (parameter for parameter, count in rows.items() if count and count % sum(shares) == 0)
-    return {parameter: tuple(_cut(views[parameter][0], shares, shapes)) for parameter in cut}
+    """Each parameter cut into row blocks by these shares."""
+    return {parameter: tuple(_cut(view[0], shares, shapes)) for parameter, view in views.items()}
 
 
 def _cut(view: View, shares: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[View]:

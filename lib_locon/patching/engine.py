@@ -26,7 +26,6 @@ from lib_locon.patching.readback import BaseLost
 from lib_locon.patching.rounding import Rounding
 from lib_locon.patching.storage import Findings
 from lib_locon.patching.store import BaseStore
-from lib_locon.patching.stored_scale import RoundingCost
 from lib_locon.patching.workspace import Workspace
 from lib_locon.patching.writer import Send, Writer, writing
 
@@ -73,11 +72,6 @@ class Engine:
     def active(self) -> bool:
         """Whether any weight differs (or may differ) from its base."""
         return bool(self._held)
-
-    @property
-    def rounding_cost(self) -> RoundingCost:
-        """What the last change lost where weights of 8 bits were rounded again."""
-        return self._writer.rounding_cost
 
     @property
     def base_bytes(self) -> int:

@@ -18,10 +18,16 @@ from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
-from lib_locon.patching import stored_scale
-from lib_locon.patching.stored_scale import FP8, PLAIN, SCALES, is_known_layout, stretched
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FP8 = frozenset(
+    dtype
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+    if (dtype := getattr(torch, name, None)) is not None
+)
+PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+SCALES = ("scale_weight", "weight_scale")
+"""What modules call the number, or the column of numbers, that their 8-bit weight is to be multiplied by."""
 _GETATTR = nn.Module.__getattr__
 """torch's own: an extension may replace it."""
 _READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -188,23 +194,26 @@ def decode(module: nn.Module, name: str, stored: Tensor) -> Tensor:
     if stored.dtype in FP8 and isinstance(kept, Tensor) and kept.shape == stored.shape:
         return kept.to(stored.device)
     scale = _scale(module, name)
-    return stored if scale is None else stored_scale.decode(stored, scale)
+    return stored if scale is None else stored.float() * scale.to(stored.device, torch.float32)
 
 
 def encode(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers to store for `value` (fp32), in the parameter's dtype: rounded once, and kept within its range."""
-    return stored_scale.encode(value, _scale(module, name), dtype)
-
-
-def value_of(module: nn.Module, name: str, stored: Tensor) -> Tensor:
-    """The fp32 value of stored numbers, by the scale beside the parameter alone."""
-    return stored_scale.decode(stored, _scale(module, name))
+    scale = _scale(module, name)
+    if scale is not None:
+        value = value / scale.to(value.device, torch.float32)
+    if dtype in FP8:
+        limit = torch.finfo(dtype).max  # beyond it torch makes NaN of a number, or infinity, by version
+        value = value.clamp(-limit, limit)
+    elif dtype == torch.int8:
+        value = value.round().clamp(-127, 127)
+    return value.to(dtype)
 
 
 def _scale(module: nn.Module, name: str) -> Tensor | None:
     """What the stored numbers are multiplied by, in a shape that torch stretches to theirs; None where by nothing.
 
-    Raises PatchError for one whose layout is not known.
+    Raises PatchError for one that is not known: one number for a block of them, say, which blocks nothing tells.
     """
     if name != "weight":
         return None
@@ -212,8 +221,13 @@ def _scale(module: nn.Module, name: str) -> Tensor | None:
     if scale is None:
         return None
     shape = logical_shape(module, name)
-    if isinstance(scale, Tensor) and is_known_layout(tuple(scale.shape), scale.dtype, shape):
-        return stretched(scale.detach(), shape)
+    if isinstance(scale, Tensor):
+        if scale.numel() == 1:
+            return scale.reshape(())
+        if scale.shape == shape[:1]:
+            return scale.reshape(-1, *(1 for _ in shape[1:]))  # one number for each output
+        if scale.ndim == len(shape) and all(size in (1, full) for size, full in zip(scale.shape, shape, strict=True)):
+            return scale
     raise PatchError("the layout of its scale is not known")
 
 

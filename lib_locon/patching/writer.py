@@ -18,9 +18,8 @@ from lib_locon.patching.overflow import overflowing, overflows
 from lib_locon.patching.parameters import Parameters
 from lib_locon.patching.plan import Delta, Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
-from lib_locon.patching.storage import Findings, decode, encode, value_of
+from lib_locon.patching.storage import Findings, decode, encode
 from lib_locon.patching.store import BaseStore
-from lib_locon.patching.stored_scale import PLAIN, RoundingCost
 from lib_locon.patching.workspace import Workspace
 
 Send: TypeAlias = Callable[[Iterable[Any], torch.device], bool]
@@ -36,8 +35,6 @@ class Writer:
         self._store = store
         self._findings = findings
         self._send = send
-        self.rounding_cost = RoundingCost()
-        """Of the weights of 8 bits that were written."""
 
     def prepare(self, weights: Mapping[str, Tensor], plan: Plan) -> None:
         """What is quicker done for all that will be written together, before the first of them: on GPUs, which else
@@ -113,14 +110,10 @@ class Writer:
             write = write_sum if rounding == "exact" else write_one_by_one
             return write(out, base, patches, space)
         module, name = self._weights.owner(path)
-        before = decode(module, name, base)
-        total, extremes = patched(before, patches, torch.float32)
+        total, extremes = patched(decode(module, name, base), patches, torch.float32)
         if extremes is not None and overflows(extremes, torch.float32):
             raise OverflowError("at these strengths its numbers are beyond fp32")
-        stored = encode(module, name, total, out.dtype)  # kept within its range
-        out.copy_(stored)
-        if patches and out.dtype not in PLAIN:
-            self.rounding_cost.add(before.float(), total, value_of(module, name, stored))
+        out.copy_(encode(module, name, total, out.dtype))  # kept within its range
         return None
 
     def _has_finite_base(self, path: str) -> bool:
