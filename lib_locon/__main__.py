@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--lora-dir", required=True, type=Path, action="append", metavar="DIR", help="adapter folder")
     command.add_argument("-o", "--output", required=True, type=Path, metavar="OUT.safetensors")
     command.add_argument("--skip-bad", action="store_true", help="go on without tags that cannot be used")
+    what = "also bake what rounding to the checkpoint's 8 bits takes more than a fifth of"
+    command.add_argument("--allow-loss", action="store_true", help=what)
     command.add_argument("--force", action="store_true", help="replace OUT if it exists")
     command.add_argument("--json", action="store_true", help="one JSON object on stdout")
     _add_allow_pickle(command)
@@ -112,6 +114,8 @@ def _inspection_text(found: Inspection) -> str:
     if found.match:
         patched = f"{found.match.weights} weights, {found.match.bytes / 1e6:.1f} MB"
         rows["would change"] = f"{found.match.used}/{found.match.total} modules: {patched} of {found.match.checkpoint}"
+        if found.match.notes:
+            rows["rounding"] = "; ".join(found.match.notes)
         if found.match.unmatched:
             rows["not used"] = summary(found.match.unmatched)
     lines = [f"  {label:<13} {printable(value)}" for label, value in rows.items()]
@@ -136,7 +140,15 @@ def _bake(options: argparse.Namespace) -> int:
     if problems and not options.skip_bad:
         return _fail("nothing was written: a tag above cannot be used (--skip-bad goes on without it)")
     with _signals_interrupt(), ProgressBar(sys.stderr, printable(f"baking {options.output.name}")) as bar:
-        baked = bake(checkpoint, uses, options.output, options.prompt, bar.update, skip_bad=options.skip_bad)
+        baked = bake(
+            checkpoint,
+            uses,
+            options.output,
+            options.prompt,
+            bar.update,
+            skip_bad=options.skip_bad,
+            allow_loss=options.allow_loss,
+        )
     if options.json:
         result = {
             "output": str(baked.output),

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from lib_locon.checkpoint import Checkpoint
 from lib_locon.errors import FileError
 from lib_locon.files.handles import fill, read_exactly
 from lib_locon.files.hashes import hashes_of
 from lib_locon.files.reader import Entry, SafetensorsFile
 from lib_locon.files.writer import CHUNK, write_safetensors
-from lib_locon.inspection import checkpoint_table, unwritable
-from lib_locon.matching import Match, Matched, match
+from lib_locon.matching import Match, Matched, match, rounds
 from lib_locon.models.targets import View
 from lib_locon.patching.compute import patched
+from lib_locon.patching.eight_bits import Cost, decoded, encoded, share_lost
 from lib_locon.patching.overflow import overflows
 from lib_locon.patching.plan import Patch, Plan, make_plan
 from lib_locon.prompt.request import Strengths
@@ -28,6 +29,8 @@ from lib_locon.session import Use
 
 RECIPE = "locon_recipe"
 """The metadata key that says how a file was baked."""
+MOST_LOST = 0.2
+"""Of an adapter's change to weights with a scale: what rounding may take before nothing is written."""
 Progress = Callable[[int, int], None]
 """Bytes done, bytes in all."""
 
@@ -51,18 +54,20 @@ def bake(
     progress: Progress,
     *,
     skip_bad: bool = False,
+    allow_loss: bool = False,
 ) -> Baked:
     """Writes `out`: the checkpoint with the adapters in it, dtypes, order and metadata kept, the recipe added.
 
-    Needs the memory of the largest tensor in fp32 a few times over, whatever the file's size. Raises FileError, also
-    for an adapter that would change nothing (unless `skip_bad`), and for strengths that depend on the step; `out` then
-    does not exist, or is what it was.
+    Weights of 8 bits are rounded to 8 bits once; their scales stay as they are. Needs the memory of the largest tensor
+    in fp32 a few times over, whatever the file's size. Raises FileError, also for an adapter that would change nothing
+    (unless `skip_bad`), for one of which rounding would take too much (unless `allow_loss`), and for strengths that
+    depend on the step; `out` then does not exist, or is what it was.
     """
     for use in uses:
         if use.strengths.schedule:
             raise FileError(f"nothing was written: {no_steps(use.name or use.adapter.name, use.strengths)}")
-    table = checkpoint_table(checkpoint)
-    matches = [match(use.adapter, table, partial(unwritable, checkpoint), may_grow=True) for use in uses]
+    weights = Checkpoint(checkpoint)
+    matches = [_noted(match(use.adapter, weights.table, weights.cannot_hold, may_grow=True), weights) for use in uses]
     reports = [use.report(found) for use, found in zip(uses, matches, strict=True)]
     useless = [report for report in reports if not report.used]
     if useless and not skip_bad:
@@ -74,21 +79,49 @@ def bake(
     }
     total = sum(entry.end - entry.start for entry in entries.values())
     done = 0
+    costs: dict[str, Cost] = {}
+    last = next((key for key in reversed(entries) if key in plan and weights.is_coded(key)), None)
 
     def data(key: str) -> Iterator[bytes]:
         nonlocal done
-        for chunk in _tensor_bytes(checkpoint, checkpoint.entries[key], entries[key].shape, plan.get(key, ())):
+        for chunk in _tensor_bytes(weights, key, entries[key].shape, plan.get(key, ()), costs):
             yield chunk
             done += len(chunk)
             progress(done, total)
+        if key == last and not allow_loss:  # as soon as all of it is known
+            for use, found in zip(uses, matches, strict=True):
+                _refuse_loss(use, found, plan, costs, weights)
 
     write_safetensors(out, entries, {**checkpoint.metadata, RECIPE: _recipe(checkpoint, uses, prompt)}, data, RECIPE)
-    return Baked(out, len(plan), len(entries), tuple(reports))
+    changed = len(plan) - sum(not bool(cost.moved) for cost in costs.values())
+    reports = [use.report_after(found, plan, costs) for use, found in zip(uses, matches, strict=True)]
+    return Baked(out, changed, len(entries), tuple(reports))
 
 
 def no_steps(name: str, strengths: Strengths) -> str:
     """Why strengths that depend on the step cannot be baked, as a sentence."""
     return f"a checkpoint has no steps, and {name} is to be used at {strengths}: give it strengths that stay the same"
+
+
+def _noted(found: Match, weights: Checkpoint) -> Match:
+    count = sum(map(weights.in_8_bits, {item.view.path for item in found.matched}))
+    return replace(found, notes=(*found.notes, rounds(count))) if count else found
+
+
+def _refuse_loss(use: Use, found: Match, plan: Plan, costs: Mapping[str, Cost], weights: Checkpoint) -> None:
+    """Raises FileError where so much is lost that the file would not hold the adapter that it is said to hold."""
+    advice = "bake into the same checkpoint in fp16 or bf16, or say --allow-loss"
+    report = use.report_after(found, plan, costs)
+    if report.lost:
+        raise FileError(f"nothing was written: {report}; {advice}")
+    paths = {item.view.path for item in found.matched} & {path for path in costs if weights.has_scale(path)}
+    share = share_lost(costs[path] for path in paths)
+    if share > MOST_LOST:
+        stored = " and ".join(sorted({weights.file.entries[path].dtype for path in paths}))
+        raise FileError(
+            f"nothing was written: this checkpoint stores weights as {stored} with a scale, and rounding to that would "
+            f"take {share:.0%} of what {report.name} adds to {len(paths)} of them: {advice}"
+        )
 
 
 def _plan(
@@ -128,9 +161,10 @@ def _resized(entry: Entry, shape: tuple[int, ...]) -> Entry:
 
 
 def _tensor_bytes(
-    checkpoint: SafetensorsFile, entry: Entry, shape: tuple[int, ...], patches: Sequence[Patch]
+    weights: Checkpoint, key: str, shape: tuple[int, ...], patches: Sequence[Patch], costs: dict[str, Cost]
 ) -> Iterator[bytes]:
     """The bytes of one tensor of the new file, of the shape `shape` (that of the old one, or larger)."""
+    checkpoint, entry = weights.file, weights.file.entries[key]
     if not patches:
         with checkpoint.opened() as file:
             for start in range(entry.start, entry.end, CHUNK):
@@ -141,16 +175,49 @@ def _tensor_bytes(
         fill(file, entry.start, base)
     try:
         if shape != entry.shape:
-            base = torch.nn.functional.pad(base, _padding(entry.shape, shape))
-        new, extremes = patched(base, patches)
+            base = _enlarged(base, shape)
+        if weights.is_coded(key):
+            new, costs[key] = _coded_sum(base, weights.scale(key), patches)
+        else:
+            new = _sum(base, patches, base.dtype)
+    except FileError:
+        raise
     except Exception as error:  # whatever a family's arithmetic meets, the user gets a sentence and no half file
         what = str(error) or type(error).__name__
         raise FileError(f"a tensor of the shape {list(shape)} could not be patched: {what}") from error
-    if extremes is not None and overflows(extremes, new.dtype) and bool(torch.isfinite(base.float()).all()):
-        raise FileError(
-            f"at these strengths a tensor of the shape {list(shape)} has numbers that {new.dtype} cannot hold"
-        )
     yield new.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _coded_sum(base: Tensor, scale: Tensor | None, patches: Sequence[Patch]) -> tuple[Tensor, Cost]:
+    """The sum of what `base` stands for and the patches, rounded once to numbers that stand for it; and what that took.
+
+    A scale stays as it is: what it cannot reach is cut off, and counts as lost.
+    """
+    value = decoded(base, scale)
+    total = _sum(value, patches, torch.float32)
+    if scale is None:
+        _refuse_overflow(torch.stack(torch.aminmax(total)), value, base.dtype)
+    new = encoded(total, scale, base.dtype)
+    return new, Cost.of(base, new, value, total, scale)
+
+
+def _sum(base: Tensor, patches: Sequence[Patch], dtype: torch.dtype) -> Tensor:
+    new, extremes = patched(base, patches, dtype)
+    if extremes is not None:
+        _refuse_overflow(extremes, base, dtype)
+    return new
+
+
+def _refuse_overflow(extremes: Tensor, base: Tensor, dtype: torch.dtype) -> None:
+    if overflows(extremes, dtype) and bool(torch.isfinite(base.float()).all()):
+        shape = list(base.shape)
+        raise FileError(f"at these strengths a tensor of the shape {shape} has numbers that {dtype} cannot hold")
+
+
+def _enlarged(base: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """With zeros where the larger shape has more; torch pads no fp8, but bytes."""
+    numbers = base.view(torch.uint8) if base.dtype.itemsize == 1 else base
+    return torch.nn.functional.pad(numbers, _padding(tuple(base.shape), shape)).view(base.dtype)
 
 
 def _padding(old: tuple[int, ...], new: tuple[int, ...]) -> list[int]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from lib_locon.checkpoint import Checkpoint
 from lib_locon.files.adapter import Adapter, Module, Unmatched, read_adapter
 from lib_locon.files.reader import SafetensorsFile
-from lib_locon.matching import match
+from lib_locon.matching import match, rounds
 from lib_locon.models.base_family import base_family
-from lib_locon.models.table import TargetTable
-from lib_locon.models.targets import View
 
 
 @dataclass(frozen=True)
@@ -30,6 +28,8 @@ class BaseMatch:
     bytes: int
     """Their size in the checkpoint."""
     unmatched: tuple[Unmatched, ...]
+    notes: tuple[str, ...] = ()
+    """What the checkpoint's storage would do to the sums."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,14 @@ def inspect(path: Path, checkpoint: SafetensorsFile | None = None, *, allow_pick
 
 def base_match(adapter: Adapter, checkpoint: SafetensorsFile) -> BaseMatch:
     """What `adapter` would change in `checkpoint`, from both headers."""
-    found = match(adapter, checkpoint_table(checkpoint), partial(unwritable, checkpoint), may_grow=True)
+    weights = Checkpoint(checkpoint)
+    found = match(adapter, weights.table, weights.cannot_hold, may_grow=True)
     paths = {item.view.path for item in found.matched}
     entries = [checkpoint.entries[path] for path in paths]
     size = sum(prod(entry.shape) * entry.torch_dtype.itemsize for entry in entries)
-    return BaseMatch(str(checkpoint.path), found.used, found.total, len(paths), size, found.unmatched)
-
-
-def checkpoint_table(checkpoint: SafetensorsFile) -> TargetTable:
-    """The names that a checkpoint file offers to adapters."""
-    return TargetTable.of_shapes({key: entry.shape for key, entry in checkpoint.entries.items()})
-
-
-def unwritable(checkpoint: SafetensorsFile, view: View, _: object) -> str | None:
-    """Why a tensor of a checkpoint cannot hold a sum; None where it can."""
-    entry = checkpoint.entries[view.path]
-    return None if entry.torch_dtype.is_floating_point else f"the checkpoint stores it as {entry.dtype}"
+    count = sum(map(weights.in_8_bits, paths))
+    notes = (rounds(count),) if count else ()
+    return BaseMatch(str(checkpoint.path), found.used, found.total, len(paths), size, found.unmatched, notes)
 
 
 def _component(module: Module) -> str:

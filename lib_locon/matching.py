@@ -72,14 +72,14 @@ def match_model(adapter: Adapter, table: TargetTable, side: SidePath) -> Match:
     found = match(adapter, table, judge)
     # here, for it is asked once for an adapter and not at each change of a set
     count = len(judge.rounded.intersection(item.view.path for item in found.matched))
-    if not count:
-        return found
-    what = (
-        "1 weight is stored in 8 bits: its sum is"
-        if count == 1
-        else f"{count} weights are stored in 8 bits: their sums are"
-    )
-    return replace(found, notes=(*found.notes, f"{what} rounded to 8 bits again"))
+    return replace(found, notes=(*found.notes, rounds(count))) if count else found
+
+
+def rounds(count: int) -> str:
+    """The note that so many weights are summed in 8 bits."""
+    if count == 1:
+        return "1 weight is stored in 8 bits: its sum is rounded to 8 bits again"
+    return f"{count} weights are stored in 8 bits: their sums are rounded to 8 bits again"
 
 
 def match(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lib_locon.files.adapter import Unmatched
 from lib_locon.matching import WRONG_SHAPE, Match
+from lib_locon.patching.eight_bits import Cost, share_lost
 from lib_locon.prompt.request import Problem, Strengths
 
 
@@ -26,6 +28,8 @@ class AdapterReport:
     """Choices that the file left open, and what was chosen; what the model's own storage does to the sum."""
     made_for: str = ""
     """The family of base models that the file was made for, where nothing of it fits this one."""
+    lost: bool = False
+    """Whether rounding took all that it adds: the weights are stored in too few bits for it."""
 
     @classmethod
     def of(cls, name: str, strengths: Strengths, match: Match) -> AdapterReport:
@@ -33,16 +37,30 @@ class AdapterReport:
         families = dict(match.families)
         return cls(name, strengths, families, match.used, match.total, match.unmatched, match.notes, match.made_for)
 
+    def with_costs(self, costs: Collection[Cost], others: int, least: float = 0) -> AdapterReport:
+        """With what rounding took of all that is added to these weights, from the part `least` on.
+
+        The adapter changes so many `others` too.
+        """
+        share = share_lost(costs)
+        if not share or share < least:
+            return self
+        gone = not any(bool(cost.moved) for cost in costs)
+        took = f"rounding takes {'all' if gone else f'{share:.0%}'} of what is added there"
+        return replace(self, notes=(*self.notes, took), lost=gone and not others)
+
     def as_json(self) -> dict[str, Any]:
         """Plain data for JSON."""
         plain = {**asdict(self), "strengths": self.strengths.as_json()}
-        return {key: value for key, value in plain.items() if value or key not in ("notes", "made_for")}
+        return {key: value for key, value in plain.items() if value or key not in ("notes", "made_for", "lost")}
 
     def __str__(self) -> str:
         if not self.used and self.total:
             why = f"it was made for {self.made_for}; {summary(self.unmatched)}"
             line = f"{self.name} changes nothing: none of its {self.total} layers fit this model ({why})"
             return "; ".join([line, *self.notes])
+        if self.lost:
+            return "; ".join([f"{self.name} at {self.strengths} changes nothing in this model", *self.notes])
         families = ", ".join(self.families) or "no layers"
         line = f"{self.name} ({families}) at {self.strengths}: {self.used}/{self.total} layers"
         if self.unmatched:
@@ -63,7 +81,11 @@ class Report:
         """One sentence or line per adapter and per problem; of `problems` only, or `nothing`."""
         if which == "nothing":
             return []
-        adapters = [adapter for adapter in self.adapters if which == "all" or adapter.unmatched or not adapter.used]
+        adapters = [
+            adapter
+            for adapter in self.adapters
+            if which == "all" or adapter.unmatched or adapter.lost or not adapter.used
+        ]
         return [*map(str, adapters), *map(str, self.problems), *map(str, self.warnings)]
 
     def __str__(self) -> str:

@@ -21,14 +21,18 @@ from lib_locon.matching import Match, Matched, match_model
 from lib_locon.models.blocks import place_of
 from lib_locon.models.checkpoint_keys import checkpoint_keys
 from lib_locon.models.table import TargetTable
+from lib_locon.patching.eight_bits import Cost
 from lib_locon.patching.engine import Engine
 from lib_locon.patching.parameters import uncompiled
-from lib_locon.patching.plan import Patch, make_plan
+from lib_locon.patching.plan import Patch, Plan, make_plan
 from lib_locon.patching.rounding import Rounding, rounding_named
 from lib_locon.patching.sidepath import SidePath
 from lib_locon.patching.storage import Findings, logical_shapes
 from lib_locon.prompt.request import Problem, Strengths
 from lib_locon.report import AdapterReport, Report
+
+MUCH_LOST = 0.1
+"""The part of a change that rounding to 8 bits may take before it is said with each image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +61,19 @@ class Use:
             places = (place_of(item.component, item.view.path) for item in found.matched)
             notes += self.strengths.blocks.notes(place.block for place in places)
         return replace(report, notes=(*report.notes, *notes)) if notes else report
+
+    def report_after(self, found: Match, plan: Plan, costs: Mapping[str, Cost], least: float = 0) -> AdapterReport:
+        """As `report`, once `plan` was written, with what rounding took of it; to be said from the part `least` on.
+
+        `costs` are by path, of the weights that do not hold a sum as it is.
+        """
+        report = self.report(found)
+        if not costs:
+            return report
+        mine = {(patch.source, patch.view) for patch in self.patches(found) if patch.strength}
+        written = {(patch.source, patch.view) for path in costs for patch in plan.get(path, ())}
+        rounded = {view.path for _, view in mine & written}
+        return report.with_costs([costs[path] for path in rounded], len(mine - written), least)
 
     def patches(self, found: Match) -> list[Patch]:
         """What this use does to a model that it matched so, in the order of what matched.
@@ -146,6 +163,10 @@ class Session:
                 used = {id(item.layer): item.layer for found in matches for item in found.matched}
                 state.layers.update(used)
                 written = self.side.set(beside) + self.engine.apply(merged, rounding, findings)
+                # a weight that was not written again keeps what it lost
+                state.costs = {p: cost for p, cost in {**state.costs, **findings.costs}.items() if p in merged}
+                if state.costs:
+                    reports = tuple(use.report_after(found, merged, state.costs, MUCH_LOST) for use, found in pairs)
             except BaseException:
                 self.restore()  # half of a set is no set, and neither is the one before
                 raise
@@ -181,7 +202,7 @@ class Session:
         with state.lock:
             forms = self.engine.forms()
             if forms != state.forms:  # another dtype: what could be merged may not be any more, and the other way round
-                state.forms, state.matches = forms, weakref.WeakKeyDictionary()
+                state.forms, state.matches, state.costs = forms, weakref.WeakKeyDictionary(), {}
             for adapter in adapters:
                 if adapter not in state.matches:
                     state.matches[adapter] = match_model(adapter, self.table, self.side)
@@ -215,6 +236,8 @@ class _State:
     forms: object = None
     """How the weights were stored when these were worked out."""
     matches: weakref.WeakKeyDictionary[Adapter, Match] = field(default_factory=weakref.WeakKeyDictionary)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    """By path, what was lost in the weights that were rounded to 8 bits for the set that the model holds."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     is_copy: bool = False
     """Whether the model was copied from one that held adapters: they are in what counts as its base."""

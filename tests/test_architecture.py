@@ -14,7 +14,7 @@ RINGS = {
     "errors": 0, "naming": 0, "folders": 0, "arithmetic": 0, "products": 0, "uploads": 0, "families": 0, "prompt": 0,
     "settings": 0,
     "files": 1, "models": 1, "patching": 1, "library": 1, "absent": 1, "layers": 1,
-    "matching": 2, "report": 2, "resolve": 2, "session": 2, "inspection": 2, "bake": 2,
+    "matching": 2, "report": 2, "resolve": 2, "session": 2, "checkpoint": 2, "inspection": 2, "bake": 2,
     "facts": 2, "cards": 2, "user_metadata": 2, "names": 2, "fitting": 2, "index": 2, "dryrun": 2,
     "hosts": 3, "progress": 3, "__main__": 3,
     "__init__": 2,  # the public names of the library; no host among them

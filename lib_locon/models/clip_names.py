@@ -95,12 +95,12 @@ def open_clip_parts(name: str, views: Views, shapes: Mapping[str, tuple[int, ...
             parts = {
                 parameter: (_third(views[f"in_proj_{parameter}"][0], i, shapes),)
                 for parameter in ("weight", "bias")
-                if f"in_proj_{parameter}" in views
+                if f"in_proj_{parameter}" in views and shapes[views[f"in_proj_{parameter}"][0].path]
             }
             yield f"encoder.layers.{number}.self_attn.{projection}", parts
     if "positional_embedding" in views:
         yield "embeddings.position_embedding", {"weight": views["positional_embedding"]}
-    if "text_projection" in views:
+    if "text_projection" in views and len(shapes[views["text_projection"][0].path]) > 1:
         yield "text_projection", {"weight": (views["text_projection"][0]._replace(transposed=True),)}
 
 

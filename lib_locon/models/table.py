@@ -45,6 +45,11 @@ _OF_A_HOST = (
     "unet.",
 )
 """What only a whole Stable Diffusion model has."""
+COMPANIONS = frozenset(
+    {"scale_weight", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "scale_input", "scaled_fp8",
+     "pre_quant_scale", "comfy_quant"}
+)  # fmt: skip
+"""What lies beside a weight of few bits and belongs to it: nothing that adapters name."""
 _REFINER = "conditioner.embedders.0.model."
 """SDXL's refiner has the second text encoder only, in the first place."""
 WHOLE = "model"
@@ -152,6 +157,8 @@ class TargetTable:
             self._add(component, [alias], self.aliases[component][underscored(body)])
         bare = {f"{b}.{p}": {"weight": v} for b, views in bodies.items() for p, v in views.items() if p == "scale"}
         for alias, views, whole in transformer_names({**bodies, **bare}, self.shapes):
+            if not views:  # nothing of the module can be cut so
+                continue
             path = next(iter(views.values()))[0].path
             name = path.rpartition(".")[0]
             known = self.aliases[component].get(underscored(alias))
@@ -200,6 +207,8 @@ def _components(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tu
     roots = _roots(shapes)
     for path in shapes:
         name, _, parameter = path.rpartition(".")
+        if parameter in COMPANIONS:
+            continue
         component, body = _place(name, roots)
         _, views = found.setdefault(component, {}).setdefault(body, (name, {}))
         views[parameter] = (View(path),)

@@ -145,7 +145,7 @@ def _fused_names(
             parts = [targets.get(other.replace(".i.", f".{number}.")) for other in pair.diffusers]
             stacked = [part for part in parts if part is not None]
             if len(stacked) == len(parts):
-                shared = [name for name in stacked[0] if all(name in part for part in stacked)]
+                shared = [name for name in stacked[0] if all(_has_rows(part.get(name), shapes) for part in stacked)]
                 views = {name: tuple(view for part in stacked for view in part[name]) for name in shared}
                 swapped = pair == _LAST_CONTEXT and number == numbers[-1]
                 whole = len(parts) == 1 and not swapped
@@ -164,8 +164,17 @@ def _template(name: str) -> tuple[str, str]:
 
 
 def _parts(views: Views, shares: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> Views:
-    """Each parameter cut into row blocks by these shares."""
-    return {parameter: tuple(_cut(view[0], shares, shapes)) for parameter, view in views.items()}
+    """Each parameter that has such rows cut into row blocks by these shares."""
+    return {
+        parameter: tuple(_cut(view[0], shares, shapes))
+        for parameter, view in views.items()
+        if _has_rows(view, shapes) and shapes[view[0].path][0] % sum(shares) == 0
+    }
+
+
+def _has_rows(views: tuple[View, ...] | None, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the parameter is there and has axes: a scale beside a weight may have none."""
+    return views is not None and all(shapes[view.path] for view in views)
 
 
 def _cut(view: View, shares: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[View]:

@@ -5,6 +5,7 @@ Knows no quantiser by name: it looks at dtypes and at what the module itself kee
 
 from __future__ import annotations
 
+import json
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -18,16 +19,20 @@ from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
 from lib_locon.models.targets import View
+from lib_locon.patching.eight_bits import (
+    FORM,
+    FP8,
+    PLAIN,
+    SCALES,
+    Cost,
+    decoded,
+    encoded,
+    stretched,
+    unknown_companion,
+    unknown_form,
+)
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-FP8 = frozenset(
-    dtype
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    if (dtype := getattr(torch, name, None)) is not None
-)
-PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-SCALES = ("scale_weight", "weight_scale")
-"""What modules call the number, or the column of numbers, that their 8-bit weight is to be multiplied by."""
 _GETATTR = nn.Module.__getattr__
 """torch's own: an extension may replace it."""
 _READ_DIRECTLY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -52,6 +57,8 @@ class Findings:
 
     def __init__(self) -> None:
         self._reasons: dict[tuple[int, str], str | None] = {}
+        self.costs: dict[str, Cost] = {}
+        """By path, of the weights that were rounded to few bits again."""
         self._protected: list[tuple[int, int]] | None = None
         """First and last address of each span, in their order: to ask the system takes a millisecond."""
 
@@ -104,8 +111,8 @@ def which_path(
         return Route("merge", str(why_not_side))
     if can_requantise(module, name, findings):
         return Route("requantise", why_not_merge, rounds=getattr(module, name).dtype not in PLAIN)
-    if not _has_known_scale(module, name):
-        why_not_merge += ", the layout of its scale is not known"
+    if unknown := _unknown(module, name):
+        why_not_merge += f", {unknown}"
     beside = why_not_side or "this kind of adapter needs the weight itself"
     return Route(None, f"{why_not_merge}, and {beside}")
 
@@ -179,7 +186,7 @@ def can_requantise(module: nn.Module, name: str, findings: Findings) -> bool:
         return False
     if tuple(weight.shape) != logical_shape(module, name) or _read_only(weight, findings):
         return False
-    if not _has_known_scale(module, name):
+    if _unknown(module, name):
         return False
     scaled = _scale(module, name) is not None
     return weight.dtype in FP8 or (scaled and weight.dtype in (torch.int8, *PLAIN))
@@ -194,20 +201,17 @@ def decode(module: nn.Module, name: str, stored: Tensor) -> Tensor:
     if stored.dtype in FP8 and isinstance(kept, Tensor) and kept.shape == stored.shape:
         return kept.to(stored.device)
     scale = _scale(module, name)
-    return stored if scale is None else stored.float() * scale.to(stored.device, torch.float32)
+    return stored if scale is None else decoded(stored, scale)
 
 
 def encode(module: nn.Module, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers to store for `value` (fp32), in the parameter's dtype: rounded once, and kept within its range."""
-    scale = _scale(module, name)
-    if scale is not None:
-        value = value / scale.to(value.device, torch.float32)
-    if dtype in FP8:
-        limit = torch.finfo(dtype).max  # beyond it torch makes NaN of a number, or infinity, by version
-        value = value.clamp(-limit, limit)
-    elif dtype == torch.int8:
-        value = value.round().clamp(-127, 127)
-    return value.to(dtype)
+    return encoded(value, _scale(module, name), dtype)
+
+
+def cost_of(module: nn.Module, name: str, before: Tensor, after: Tensor, base: Tensor, total: Tensor) -> Cost:
+    """As `Cost.of`, with the module's own scale."""
+    return Cost.of(before, after, base, total, _scale(module, name))
 
 
 def _scale(module: nn.Module, name: str) -> Tensor | None:
@@ -220,23 +224,32 @@ def _scale(module: nn.Module, name: str) -> Tensor | None:
     scale = _stored_scale(module)
     if scale is None:
         return None
-    shape = logical_shape(module, name)
-    if isinstance(scale, Tensor):
-        if scale.numel() == 1:
-            return scale.reshape(())
-        if scale.shape == shape[:1]:
-            return scale.reshape(-1, *(1 for _ in shape[1:]))  # one number for each output
-        if scale.ndim == len(shape) and all(size in (1, full) for size, full in zip(scale.shape, shape, strict=True)):
-            return scale
+    if isinstance(scale, Tensor) and scale.dtype in PLAIN:
+        shape = stretched(tuple(scale.shape), logical_shape(module, name))
+        if shape is not None:
+            return scale.reshape(shape)
     raise PatchError("the layout of its scale is not known")
 
 
-def _has_known_scale(module: nn.Module, name: str) -> bool:
+def _unknown(module: nn.Module, name: str) -> str | None:
+    """Of what its numbers stand for, that which is not known, as half a sentence; None where all is."""
     try:
         _scale(module, name)
-    except PatchError:
-        return False
-    return True
+    except PatchError as error:
+        return str(error)
+    if name != "weight":
+        return None
+    beside = unknown_companion((*module._parameters, *module._buffers))
+    if beside is not None:
+        return f"what its {beside} stands for is not known"
+    form = getattr(module, FORM, None) if _may_have(module, FORM) else None
+    if not isinstance(form, Tensor):
+        return None
+    try:
+        named = unknown_form(json.loads(bytes(form.detach().cpu().tolist())))
+    except (AttributeError, TypeError, ValueError):
+        named = f"a form that its {FORM} does not tell"
+    return None if named is None else f"its form is {named}"
 
 
 def logical_shape(module: nn.Module, name: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from lib_locon.patching.overflow import overflowing, overflows
 from lib_locon.patching.parameters import Parameters
 from lib_locon.patching.plan import Delta, Patch, Plan
 from lib_locon.patching.rounding import Rounding, write_one_by_one
-from lib_locon.patching.storage import Findings, decode, encode
+from lib_locon.patching.storage import Findings, cost_of, decode, encode
 from lib_locon.patching.store import BaseStore
 from lib_locon.patching.workspace import Workspace
 
@@ -110,10 +110,13 @@ class Writer:
             write = write_sum if rounding == "exact" else write_one_by_one
             return write(out, base, patches, space)
         module, name = self._weights.owner(path)
-        total, extremes = patched(decode(module, name, base), patches, torch.float32)
+        value = decode(module, name, base)
+        total, extremes = patched(value, patches, torch.float32)
         if extremes is not None and overflows(extremes, torch.float32):
             raise OverflowError("at these strengths its numbers are beyond fp32")
-        out.copy_(encode(module, name, total, out.dtype))  # kept within its range
+        stored = encode(module, name, total, out.dtype)  # kept within its range
+        self._findings.costs[path] = cost_of(module, name, base, stored, value, total)
+        out.copy_(stored)
         return None
 
     def _has_finite_base(self, path: str) -> bool:
