@@ -219,6 +219,8 @@ def _decoded(text: str) -> Facts | None:
         facts = Facts(**found)
     except (ValueError, TypeError, AttributeError):
         return None
+    if found.keys() != set(_NAMES):
+        return None  # of what is missing, the default would be shown for a fact
     return facts if all(_sound(getattr(facts, name), default) for name, default in _DEFAULTS.items()) else None
 
 

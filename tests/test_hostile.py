@@ -1,6 +1,6 @@
 """Hostile and broken files: each gives a report or one clear error; none hangs, or takes memory out of proportion.
 
-Random ones come from `tests.fuzz_files`, whose `check` holds the promises; the named ones below say what is answered.
+Random ones come from `tests.fuzz`, whose targets hold the promises; the named ones below say what is answered.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +25,8 @@ import lib_locon
 from lib_locon.errors import FileError
 from lib_locon.files.adapter import Unmatched
 from lib_locon.files.reader import SafetensorsFile
-from tests import fuzz_files
 from tests.conftest import ZooModel
+from tests.fuzz import adapter_files, limits
 
 if TYPE_CHECKING:
     from random import Random
@@ -58,40 +57,15 @@ def same(model: nn.Module, base: Mapping[str, Tensor]) -> bool:
 # ---- any file
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_fuzzer_finds_nothing(seed: int, tmp_path: Path) -> None:
-    outcomes, failures = fuzz_files.fuzz(60, seed, tmp_path, most=500)
-    assert not failures, failures[0]
-    assert min(outcomes[kind] for kind in ("used", "refused", "matches nothing")) > 20, outcomes
-
-
-def test_the_fuzzer_keeps_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_files, "check", lambda path: 1 // 0)
-    outcomes, failures = fuzz_files.fuzz(5, 1, tmp_path, most=2)
-    assert not outcomes
-    assert ["--case 1:0" in failures[0], "--case 1:1" in failures[1]] == [True, True]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["failed-1-0.safetensors", "failed-1-1.safetensors"]
-
-
-def test_the_fuzzer_sees_memory_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[Tensor] = []
-    monkeypatch.setattr(fuzz_files, "SPARE_BYTES", 8 << 20)
-    with pytest.raises(AssertionError, match="MB for a file of 10 bytes"), fuzz_files.limited(10):
-        held.append(torch.ones(64 << 20))  # 256 MB: more than what earlier tests freed and the allocator still has
-    monkeypatch.setattr(fuzz_files, "SECONDS_PER_CASE", 1)
-    with pytest.raises(TimeoutError), fuzz_files.limited(10):
-        time.sleep(3)
-
-
 @settings(
     max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(random=st.randoms(use_true_random=False), broken=st.booleans())
 def test_any_adapter_with_anything_done_to_it(tmp_path: Path, random: Random, broken: bool) -> None:
-    tensors = fuzz_files.mutated(random, fuzz_files.sound(random, ZooModel()))
+    tensors = adapter_files.mutated(random, adapter_files.sound(random, ZooModel()))
     path = tmp_path / "a.safetensors"
-    path.write_bytes(fuzz_files.serialized(random, tensors, broken))
-    fuzz_files.check(path)
+    path.write_bytes(adapter_files.serialized(random, tensors, broken))
+    adapter_files.check(path)
 
 
 # ---- small files with large claims
@@ -145,7 +119,7 @@ def test_a_claim_that_does_not_fit_is_said_before_it_is_built(
         {module: {suffix: torch.ones(shape) for suffix, shape in shapes.items()}, "norm": {"w_norm": torch.ones(8)}},
     )
     base = weights(model)
-    with fuzz_files.limited(path.stat().st_size):
+    with limits.limited(path.stat().st_size):
         report = apply(model, path)
     assert says in "; ".join(item.reason for item in report.unmatched)
     assert report.unmatched
@@ -339,8 +313,8 @@ def test_a_configuration_with_a_pattern_for_each_of_many_modules(
     metadata = {"lora_adapter_metadata": json.dumps(settings)}
     modules = {f"linear.{i}": factors for i in range(count)}
     path = write_adapter(tmp_path / "a.safetensors", modules, metadata, "base_model.model.")
-    monkeypatch.setattr(fuzz_files, "SECONDS_PER_CASE", 15)
-    with fuzz_files.limited(path.stat().st_size):
+    monkeypatch.setattr(limits, "CPU_SECONDS", 15)
+    with limits.limited(path.stat().st_size):
         adapter = lib_locon.load(path)
     scales = {module.name.body: module.layers[0].scale for module in adapter.modules}
     assert scales == {f"linear.{i}": i for i in range(count)}
@@ -351,14 +325,14 @@ def test_a_configuration_with_a_pattern_for_each_of_many_modules(
 
 def test_a_header_of_nothing_but_brackets(tmp_path: Path, write_raw: WriteRaw) -> None:
     path = write_raw(tmp_path / "a.safetensors", b'{"a":[' + b"[]," * 700_000 + b"[]]}")
-    with pytest.raises(FileError), fuzz_files.limited(path.stat().st_size):
+    with pytest.raises(FileError), limits.limited(path.stat().st_size):
         lib_locon.load(path)
 
 
 def test_the_last_of_many_names_is_there_twice(tmp_path: Path, write_raw: WriteRaw) -> None:
     names = ",".join(f'"{i}":0' for i in range(200_000))
     path = write_raw(tmp_path / "a.safetensors", f'{{{names},"199999":1}}'.encode())
-    with pytest.raises(FileError, match="'199999' twice"), fuzz_files.limited(path.stat().st_size):
+    with pytest.raises(FileError, match="'199999' twice"), limits.limited(path.stat().st_size):
         lib_locon.load(path)
 
 
@@ -366,7 +340,7 @@ def test_the_last_of_many_names_is_there_twice(tmp_path: Path, write_raw: WriteR
 def test_sizes_whose_product_would_never_end(shape: bytes, tmp_path: Path, write_raw: WriteRaw) -> None:
     header = b'{"x":{"dtype":"F32","shape":%s,"data_offsets":[0,4]}}' % shape
     path = write_raw(tmp_path / "a.safetensors", header, bytes(4))
-    with pytest.raises(FileError, match="broken shape"), fuzz_files.limited(path.stat().st_size):
+    with pytest.raises(FileError, match="broken shape"), limits.limited(path.stat().st_size):
         lib_locon.load(path)
 
 
@@ -434,7 +408,7 @@ def test_names_are_kept_as_they_are_and_shown_in_one_line(model: nn.Module, tmp_
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     os.mkfifo(path)
-    with pytest.raises(FileError, match="a pipe or a device"), fuzz_files.limited(0):
+    with pytest.raises(FileError, match="a pipe or a device"), limits.limited(0):
         lib_locon.load(path)
 
 
@@ -450,7 +424,7 @@ import sys, time
 from pathlib import Path
 import lib_locon
 from lib_locon.inspection import inspect
-from tests.fuzz_files import peak
+from tests.fuzz.limits import peak
 before, start = peak(reset=True), time.process_time()
 found = {call}
 print(time.process_time() - start, (peak() - before) / 1e6, found)

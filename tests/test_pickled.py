@@ -23,7 +23,7 @@ from lib_locon.errors import FileError
 from lib_locon.files import pickled, reader
 from lib_locon.library import Library
 from tests.conftest import TORCH
-from tests.fuzz_files import limited, peak
+from tests.fuzz.limits import limited, peak
 
 if TYPE_CHECKING:
     from tests.conftest import Zoo

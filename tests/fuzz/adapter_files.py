@@ -1,26 +1,14 @@
-"""A fuzzer of adapter files: random adapters of every family, then bent out of shape, in their tensors and their bytes.
+"""Adapter files: random adapters of every family, then bent out of shape, in their tensors and their bytes.
 
-    python -m tests.fuzz_files --seconds 60 --seed 1
-
-A case that breaks a promise (see `check`) is written to a folder, with the line that runs it again.
+The promises are those of `check`.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import json
 import math
 import random
-import resource
-import signal
-import sys
-import tempfile
-import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,6 +29,7 @@ from lib_locon.hosts.web import encoded
 from lib_locon.inspection import inspect
 from lib_locon.library import Library
 from tests.conftest import ZooModel
+from tests.fuzz.limits import limited
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 STRANGE_NAMES = (
@@ -55,9 +44,6 @@ STRANGE_NAMES = (
     "\x00",
     "\U0001f600",
 )
-SECONDS_PER_CASE = 20
-SPARE_BYTES = 96 << 20
-"""How much memory a case may take besides a multiple of its file (the model is a few kilobytes)."""
 Tensors = dict[str, Tensor]
 
 
@@ -339,87 +325,14 @@ def _check_nothing_dropped(adapter: Adapter) -> None:
             raise AssertionError(f"{key!r} was dropped without a word")
 
 
-def peak(reset: bool = False) -> int:
-    """The most memory that this process has had, in bytes; since the last `reset`, where the system can do that."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if reset:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-    # not getrusage: a process inherits that number from the one that started it
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+class AdapterFiles:
+    """Files of one to three modules; four in ten are broken in their header or their bytes."""
 
-
-@contextmanager
-def limited(file_bytes: int) -> Iterator[None]:
-    """Raises where the body takes too long, or memory out of proportion to the file."""
-
-    def too_long(*_: Any) -> None:
-        raise TimeoutError(f"a case took more than {SECONDS_PER_CASE} s")
-
-    before = peak(reset=True)
-    old = signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(SECONDS_PER_CASE)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
-    grown = peak() - before
-    if grown > SPARE_BYTES + 50 * file_bytes:
-        raise AssertionError(f"{grown >> 20} MB for a file of {file_bytes} bytes")
-
-
-# ---- the loop
-
-
-def run_case(seed: str, path: Path) -> str:
-    """Writes the file of this case, and checks it."""
-    rng = random.Random(seed)
-    tensors = mutated(rng, sound(rng, ZooModel()))
-    content = serialized(rng, tensors, broken=rng.random() < 0.4)
-    path.write_bytes(content)
-    with limited(len(content)):
-        return check(path)
-
-
-def fuzz(seconds: float, seed: int, folder: Path, most: float = math.inf) -> tuple[Counter[str], list[str]]:
-    """(outcomes, failures) of as many cases as fit into the time, `most` at most."""
-    outcomes: Counter[str] = Counter()
-    failures: list[str] = []
-    end = time.monotonic() + seconds
-    number = 0
-    while time.monotonic() < end and number < most:
-        case = f"{seed}:{number}"
-        number += 1
+    def run(self, rng: random.Random, folder: Path) -> str:
+        """Writes the file of this case, and checks it."""
+        tensors = mutated(rng, sound(rng, ZooModel()))
+        content = serialized(rng, tensors, broken=rng.random() < 0.4)
         path = folder / "case.safetensors"
-        try:
-            outcomes[run_case(case, path)] += 1
-        except Exception:  # noqa: BLE001  # that is what is looked for
-            path.replace(folder / f"failed-{case.replace(':', '-')}.safetensors")
-            failures.append(f"--case {case}\n{traceback.format_exc()}")
-    gc.collect()
-    return outcomes, failures
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--case", help="run this one only, as printed by a failure")
-    parser.add_argument("--folder", type=Path, help="where failing files are kept")
-    options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="fuzz-"))
-    folder.mkdir(exist_ok=True)
-    if options.case:
-        sys.stdout.write(run_case(options.case, folder / "case.safetensors") + "\n")
-        return 0
-    outcomes, failures = fuzz(options.seconds, options.seed, folder)
-    sys.stdout.write("\n".join([*failures, f"{sum(outcomes.values())} cases: {dict(outcomes)}", str(folder)]) + "\n")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        path.write_bytes(content)
+        with limited(len(content)):
+            return check(path)
