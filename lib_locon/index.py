@@ -208,7 +208,7 @@ def code_version() -> str:
 def _encoded(facts: Facts) -> str | None:
     if facts.problem:
         return None  # it may be a disk that was not there: the next start tries again
-    return json.dumps({name: value for name in _NAMES if (value := getattr(facts, name))})
+    return json.dumps({name: getattr(facts, name) for name in _NAMES})
 
 
 def _decoded(text: str) -> Facts | None:
