@@ -17,12 +17,16 @@ from lib_locon.errors import ShapeError
 from lib_locon.families.base import Family, factor
 from lib_locon.families.oft import cayley
 
+TERMS = 5
+"""Of the series, where nothing says otherwise."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PeftOFT(Family):
     """`oft_R.weight` (blocks, b(b−1)/2); one block is shared by all when fewer columns than blocks · b are there.
 
-    `exact` (from the configuration) is 1 for the Cayley form; `scaled_oft` is OneTrainer's marker: the packed values
+    `exact` (from the configuration) is 1 for the Cayley form, `terms` how many terms the series has without it; `limit`
+    is the eps of constrained OFT, over all blocks. `scaled_oft` is OneTrainer's marker: the packed values
     are divided by 2·√(b−1) first.
     """
 
@@ -32,6 +36,8 @@ class PeftOFT(Family):
     packed: Tensor = factor("oft_R.weight", "blocks packed")
     marker: Tensor | None = factor("oft_R.scaled_oft", "*marker", optional=True)
     exact: Tensor | None = factor("oft_R.exact", "", optional=True)
+    terms: Tensor | None = factor("oft_R.terms", "", optional=True)
+    limit: Tensor | None = factor("oft_R.limit", "", optional=True)
 
     def block_size(self) -> int:
         """b, from the b(b−1)/2 packed values. Raises ShapeError where there is no such b."""
@@ -60,11 +66,13 @@ class PeftOFT(Family):
         upper = values.new_zeros(len(values), size, size)
         upper[:, rows, columns] = values
         q = upper - upper.mT
+        if self.limit is not None:
+            norms = torch.linalg.matrix_norm(q, keepdim=True)
+            most = float(self.limit) / len(q) ** 0.5
+            q = q * torch.where(norms > most, most / norms, 1.0)
         if self.exact is not None and bool(self.exact):
             return cayley(-q)
-        square = q @ q
-        eye = torch.eye(size, dtype=q.dtype, device=q.device)
-        return eye + 2 * q + 2 * square + 2 * square @ q + square @ square
+        return _neumann(q, TERMS if self.terms is None else int(self.terms))
 
     def rows(self, start: int, length: int) -> PeftOFT:
         del start, length  # the inputs are turned: each row by itself, and all of them alike
@@ -75,6 +83,18 @@ class PeftOFT(Family):
         blocks = base.reshape(base.shape[0], -1, rotations.shape[-1])
         turned = torch.einsum("kij,okj->oki", rotations.expand(blocks.shape[1], -1, -1), blocks)
         return (turned - blocks).reshape(base.shape)
+
+
+def _neumann(q: Tensor, terms: int) -> Tensor:
+    """I + 2Q + 2Q² + … + Qⁿ⁻¹, n = `terms`. The last is Qⁿ⁻¹ alone, of two 2Q; three are four, as in PEFT."""
+    total = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    power = q
+    if terms > 1:
+        total = total + 2 * q
+    for _ in range(2, max(terms, 4) - 1 if terms > 2 else 0):
+        power = power @ q
+        total = total + 2 * power
+    return total + power @ q if terms > 2 else total
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -52,6 +52,11 @@ class PiSSA(StartedLoRA):
     name = "PiSSA"
     scale: Tensor = factor("start.pissa", "")
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        if not self.scale.is_meta and not float(self.scale) > 0:
+            raise Unusable(f"{self.name} at the scale {float(self.scale):g}, by which its start would be divided")
+        super().check(shape)
+
     def start(self, base: Tensor, rank: int) -> Tensor:
         left, values, right = torch.linalg.svd(base, full_matrices=False)
         start: Tensor = (left[:, :rank] * (values[:rank] / float(self.scale))) @ right[:rank]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lib_locon.errors import FileChanged, FileError, printable
-from lib_locon.families import ALPHA, RESHAPE, SCALE
-from lib_locon.families.build import Hints, Unread, build_layers
+from lib_locon.families import ALPHA, RESHAPE, SCALE, UNSUPPORTED
+from lib_locon.families.build import Hints, Unread, build_layers, scale
 from lib_locon.families.layer import Layer
 from lib_locon.files import kinds
 from lib_locon.files.dialects import ModuleName, is_peft, module_name, split_key
@@ -27,6 +28,8 @@ from lib_locon.files.reader import FileIdentity, SafetensorsFile, is_shape, show
 from lib_locon.files.trainer_marks import TrainerMarks, read_marks
 
 MAX_AXES = 5  # of a weight: out, in, and a kernel of three
+_WRAPPER = re.compile(r"\.modules_to_save(\.[^.]+)?")
+"""The level of a module that PEFT trains whole, with the name of the adapter."""
 MORE_ATTEMPTS = 2
 """At a file that is written while it is read. A trainer that saves is slower: the third time it is somebody's turn to
 look."""
@@ -130,9 +133,9 @@ def _read(path: Path | str, *, header_only: bool, allow_pickle: bool) -> Adapter
         embeddings, unread = read_embeddings(bundled, source.tensor)
     unknown += [Unmatched(key, reason) for key, reason in unread]
     if not embeddings and not any(module.layers for module in modules):
-        raise FileError(_nothing_found(file, modules))
+        raise FileError(_nothing_found(file, modules, config))
     notes = dict.fromkeys(layer.note for module in modules for layer in module.layers)
-    sentences = tuple(note for note in (config.note, *notes) if note)
+    sentences = tuple(note for note in (config.note, config.refusals, *notes) if note)
     return Adapter(file.path.stem, file.identity, file.metadata, modules, tuple(unknown), embeddings, sentences)
 
 
@@ -160,10 +163,12 @@ def _group(file: TensorFile) -> tuple[dict[str, dict[str, str]], list[Unmatched]
 
 
 def _ranks(file: TensorFile, grouped: Mapping[str, Mapping[str, str]]) -> dict[str, int | None]:
-    """Module as written → its rank, where one shows."""
+    """Module as written → its rank, where one shows. Without those that are refused by name: PEFT lists their modules
+    elsewhere."""
     return {
         written: rank_of({suffix: file.entries[key].shape for suffix, key in keys.items()})
         for written, keys in grouped.items()
+        if not keys.keys() <= UNSUPPORTED.keys()
     }
 
 
@@ -176,8 +181,8 @@ def _take_replaced(plain: Mapping[str, str], grouped: dict[str, dict[str, str]],
     left: list[Unmatched] = []
     for key, written in plain.items():
         parameter = key.rpartition(".")[2]
-        module = written.replace(".modules_to_save.default", "").removesuffix(".base_layer")
-        if not (written.startswith("base_model.model.") or config.replaces(written)):
+        module = _WRAPPER.sub("", written).removesuffix(".base_layer")
+        if not (".base_model.model." in f".{written}" or config.replaces(written)):
             left.append(Unmatched(key, "a plain weight, not an adapter's"))
         elif ".original_module" in written or (written.endswith(".base_layer") and parameter == "weight"):
             left.append(Unmatched(key, "the base's own weight, as it was before the training"))
@@ -208,12 +213,13 @@ def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
                 numbers[suffix] = number
     if not factors and SCALE in numbers:
         unread.append(Unread(SCALE, "a scale without factors"))
+    shapes = {suffix: source.file.entries[key].shape for suffix, key in factors.items()}
+    rank = rank_of(shapes)
     if SCALE in numbers:  # the built-in's rule: a written scale wins over alpha / rank
         hints = replace(source.hints, scale=numbers[SCALE])
     else:
-        shapes = {suffix: source.file.entries[key].shape for suffix, key in factors.items()}
-        scale = None if ALPHA in numbers else source.config.scale(written, rank_of(shapes))
-        hints = replace(source.hints, alpha=numbers.get(ALPHA), scale=scale)
+        configured = None if ALPHA in numbers else source.config.scale(written, rank)
+        hints = replace(source.hints, alpha=numbers.get(ALPHA), scale=configured)
         hints = source.marks.refine(hints, written, shapes, lambda suffix: source.data.get_tensor(factors[suffix]))
     if RESHAPE in keys:
         hints = replace(hints, reshape=source.shape(keys[RESHAPE]))
@@ -221,7 +227,7 @@ def _module(written: str, keys: Mapping[str, str], source: _Source) -> Module:
             unread.append(Unread(RESHAPE, "it must be the sizes of a weight"))
         elif not factors:
             unread.append(Unread(RESHAPE, "a shape without factors"))
-    markers = source.config.markers(written, hints.scale) if factors else {}
+    markers = source.config.markers(written, scale(hints, rank)) if factors and not refusal else {}
     if source.header_only and isinstance(source.file, SafetensorsFile) and not markers:
         entries = ((suffix, source.file.entries[key]) for suffix, key in factors.items())
         known, left = _layers_of_shapes(tuple((s, entry.torch_dtype, entry.shape) for s, entry in entries), hints)
@@ -251,12 +257,13 @@ def _renamed(keys: Mapping[str, str], renames: Mapping[str, str]) -> tuple[dict[
     return renamed, clashes
 
 
-def _nothing_found(file: TensorFile, modules: tuple[Module, ...]) -> str:
+def _nothing_found(file: TensorFile, modules: tuple[Module, ...], config: PeftConfig) -> str:
     if not file.entries:
         return f"{file.path} holds no tensors at all"
     kind = kinds.of_names(file.entries)
     if kind:
         return f"{file.path} {kind}"
-    reasons = list(dict.fromkeys(unread.reason[:300] for module in modules[:50] for unread in module.unread))
+    unread = (item.reason[:300] for module in modules[:50] for item in module.unread)
+    reasons = list(dict.fromkeys([config.refusals, *unread] if config.refusals else unread))
     why = f": {'; '.join(reasons[:5])}" if reasons else ""
     return f"{file.path} holds no adapter that is known here (its first name is {shown(next(iter(file.entries)))}){why}"
