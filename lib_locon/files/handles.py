@@ -91,7 +91,7 @@ class State(NamedTuple):
 
 
 @contextmanager
-def opened(path: Path, state: State | None = None) -> Iterator[FileIO]:
+def safe_open(path: Path, state: State | None = None) -> Iterator[FileIO]:
     """The file at `path`, which must be in this state (None: in any) and stay so until the end of the body.
 
     Raises FileError, and FileChanged where it was written, or became another.

@@ -10,7 +10,7 @@ from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
-from lib_locon.files.handles import opened, read_exactly
+from lib_locon.files.handles import read_exactly, safe_open
 from lib_locon.files.reader import FileIdentity, SafetensorsFile
 from lib_locon.files.writer import CHUNK
 
@@ -56,7 +56,7 @@ def _read(identity: FileIdentity) -> tuple[bytes, Iterator[bytes]]:
         header = SafetensorsFile(path)
         chunks = _chunks(identity, header.opened(), header.data_start)
     else:
-        chunks = _chunks(identity, opened(path), 0)
+        chunks = _chunks(identity, safe_open(path), 0)
     return next(chunks), chunks
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lib_locon.errors import FileError
 from lib_locon.files import kinds
-from lib_locon.files.handles import State, fill, opened, read_exactly
+from lib_locon.files.handles import State, fill, read_exactly, safe_open
 from lib_locon.files.pickled_table import NotOnlyTensors, StoredTensor, read_table
 from lib_locon.files.reader import MAX_HEADER, FileIdentity, SafetensorsFile, check_text, shown
 
@@ -86,7 +86,7 @@ class PickledFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
-        with opened(self.path) as file:
+        with safe_open(self.path) as file:
             self._state = State.of(file)
             self.identity = FileIdentity.of_open(self.path, file)
             program, self._parts = _archive(self.path, file, self.identity.size)
@@ -106,7 +106,7 @@ class PickledFile:
     @contextmanager
     def tensors(self) -> Iterator[_Data]:
         """The open data. Raises FileChanged, at the end too: what was read before may then be of two files."""
-        with opened(self.path, self._state) as file:
+        with safe_open(self.path, self._state) as file:
             yield _Data(self.entries, self._parts, file)
 
 
@@ -141,7 +141,7 @@ class _Data:
 
 
 def _is_pickled(path: Path) -> bool:
-    with opened(path) as file:
+    with safe_open(path) as file:
         start = file.read(9)
     return start.startswith(_ZIP) or (start[:1] == b"\x80" and start[8:] != b"{")
 

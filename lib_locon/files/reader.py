@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lib_locon.errors import FileChanged, FileError
 from lib_locon.files import kinds
-from lib_locon.files.handles import State, fill, opened, read_exactly
+from lib_locon.files.handles import State, fill, read_exactly, safe_open
 from lib_locon.files.untrusted_json import parse
 
 DTYPES: dict[str, torch.dtype] = {
@@ -108,7 +108,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        with opened(self.path) as file:
+        with safe_open(self.path) as file:
             self._state = State.of(file)
             self.identity = FileIdentity.of_open(self.path, file)
             header, self.data_start = _read_header(self.path, file, self.identity.size)
@@ -131,7 +131,7 @@ class SafetensorsFile:
 
     def opened(self) -> AbstractContextManager[FileIO]:
         """The file, open, as it was when its header was read, and as long as this lasts. Raises FileChanged."""
-        return opened(self.path, self._state)
+        return safe_open(self.path, state=self._state)
 
 
 class TensorData:

@@ -28,7 +28,7 @@ PIECES = (
 )  # fmt: skip
 
 
-def tag(rng: random.Random) -> str:
+def whole_tag(rng: random.Random) -> str:
     """A whole tag, its arguments any pieces."""
     arguments = (
         ":" + "".join(rng.choice(PIECES[5:]) for _ in range(rng.randrange(3))) for _ in range(rng.randrange(4))
@@ -42,7 +42,9 @@ class Prompts:
     def run(self, rng: random.Random, folder: Path) -> str:
         """One text."""
         del folder
-        text = "".join(rng.choice(PIECES) if rng.random() < 0.7 else tag(rng) for _ in range(rng.randrange(1, 20)))
+        text = "".join(
+            rng.choice(PIECES) if rng.random() < 0.7 else whole_tag(rng) for _ in range(rng.randrange(1, 20))
+        )
         long = rng.random() < 0.1
         if long:
             text = (text * (LONGEST // len(text) + 1))[:LONGEST]
