@@ -174,7 +174,7 @@ def document() -> str:
         f"{total - wrong} of {total} right. An empty cell: the library has no such layer (T-LoRA on convolutions",
         "is refused with a note). Forms that no library writes on demand are in `tests/test_rare_families.py`, what",
         "metadata decides (split_qkv, rs_lora, OneTrainer) in `tests/test_trainer_marks.py`, and PEFT's configurations",
-        "(starts, patterns, modules saved whole), each against PEFT's own merged weights, in `tests/test_peft_config.py`.",
+        "(starts, patterns, modules saved whole), against PEFT's own merged weights, in `tests/test_peft_config.py`.",
         "",
         f"| family | {' | '.join(KINDS.values())} |",
         f"| --- |{' --- |' * len(KINDS)}",
