@@ -208,7 +208,8 @@ class _Folders:
         """The preview beside a file: `<file>.png`, `<file>.preview.png`, and so on."""
         names, stem = self._beside(path), path.stem
         wanted = (f"{stem}{middle}.{ending}" for ending in PICTURES for middle in ("", ".preview"))
-        return next((path.with_name(name) for name in wanted if name in names), None)
+        there = (path.with_name(name) for name in wanted if name in names)
+        return next((picture for picture in there if picture.is_file()), None)  # no pipe: the host would wait for it
 
     def user_metadata(self, path: Path) -> UserMetadata:
         """What stands in the JSON beside a file."""

@@ -61,6 +61,16 @@ def test_whatever_is_in_the_place_of_notes_holds_nobody_up_and_is_not_written_ov
     assert time.monotonic() - started < 15
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are not there")
+def test_a_picture_is_a_file(tmp_path: Path) -> None:
+    save_file(FACTORS, tmp_path / "x.safetensors")
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "x.preview.png").mkdir()
+    (tmp_path / "x.webp").write_bytes(b"RIFF")
+    (card,) = Cards(Library([tmp_path]), patience=20).all()
+    assert card.preview == tmp_path / "x.webp"
+
+
 def test_notes_with_the_mark_of_windows_editors_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"notes": "n", "own": 1}).encode())
     save_user_metadata(tmp_path / "x.safetensors", {"description": "d"})
