@@ -349,3 +349,61 @@ def test_ctrl_c_ends_quietly() -> None:
     _, err = page.communicate(timeout=60)
     assert page.returncode == 0
     assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("lengths", "status"),
+    [
+        (["0" * 12 + str(1 << 28)], 413),
+        (["9" * 5000], 413),
+        (["+5"], 411),
+        (["-1"], 411),
+        (["0x10"], 411),
+        (["2", "2"], 411),
+        ([], 411),
+    ],
+)
+def test_no_body_is_read_beyond_the_limit_whatever_is_said_of_its_length(
+    served: Client, lengths: list[str], status: int
+) -> None:
+    head = f"POST /api/interrupt HTTP/1.1\r\nHost: 127.0.0.1:{served.port}\r\nContent-Type: application/json\r\n"
+    head += "".join(f"Content-Length: {length}\r\n" for length in lengths)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+        connection.sendall(f"{head}\r\n".encode())  # and no byte of a body: who waits for it never answers
+        assert connection.recv(100).split()[1] == str(status).encode()
+
+
+def test_a_body_in_chunks_is_refused(served: Client) -> None:
+    status, answer = served.ask("POST", "/api/interrupt", {}, Transfer_Encoding="chunked")
+    assert (status, answer["error"]) == (411, "the request must say how long it is (one Content-Length)")
+
+
+def test_the_disk_is_asked_about_no_name_outside_of_the_pages_folders(
+    served: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modules import ui_extra_networks  # the stand-in's
+
+    asked: list[str] = []
+    real = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: (asked.append(str(path)), real(path))[1])
+    for name in ("//server/share/x.png", "\\\\server\\share\\x.png", "/etc/x.png", "../x.png"):
+        with pytest.raises(ValueError, match="is in no folder of a page"):
+            ui_extra_networks.fetch_file(name)
+    assert not asked
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "ICO", "a bomb"])
+def test_no_other_picture_inside_a_file_is_decoded(kind: str) -> None:
+    from extensions_builtin_shim.page.cards import cover_image
+
+    file = io.BytesIO()
+    if kind == "a bomb":
+        Image.new("1", (6000, 6000)).save(file, "PNG")
+    else:
+        Image.new("RGB", (16, 16), "red").save(file, kind)
+
+    class Page:
+        name = "lora"
+        metadata = {"x": {"ssmd_cover_images": json.dumps([base64.b64encode(file.getvalue()).decode()])}}  # noqa: RUF012
+
+    assert cover_image([Page()], "lora", "x") is None  # type: ignore[list-item]
