@@ -93,8 +93,8 @@ def test_a_model_and_a_part_of_it_never_hold_adapters_in_one_weight(
     part = nn.ModuleDict({"linear": nn.Linear(6, 6), "free": nn.Linear(6, 6)})
     whole = nn.ModuleDict({"unet": part})
     base = part["linear"].weight.detach().clone()
-    on_linear = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear", "unet.linear"))]
-    on_free = [Use(adapter(write_adapter, tmp_path / "b.safetensors", "free", "unet.free"))]
+    on_linear = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))]
+    on_free = [Use(adapter(write_adapter, tmp_path / "b.safetensors", "free"))]
     for one, other in ((Session(part), Session(whole)), (Session(whole), Session(part))):
         one.apply(on_linear)
         assert other.apply(on_free).written == 1  # another weight
@@ -113,7 +113,7 @@ def test_sessions_for_a_model_and_a_part_of_it_wait_for_each_other(write_adapter
     part = nn.ModuleDict({"linear": nn.Linear(6, 6)})
     whole = nn.ModuleDict({"unet": part})
     one, other = Session(part), Session(whole)
-    uses = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear", "unet.linear"))]
+    uses = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))]
     done = threading.Event()
     with one._state.lock:
         thread = threading.Thread(target=lambda: (other.apply(uses), done.set()))
@@ -141,7 +141,7 @@ def test_the_base_lives_as_long_as_its_module(write_adapter: WriteAdapter, tmp_p
     part = nn.ModuleDict({"linear": nn.Linear(6, 6)})
     base = part["linear"].weight.detach().clone()
     session = Session(whole := nn.ModuleDict({"unet": part}))
-    session.apply([Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear", "unet.linear"))])
+    session.apply([Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))])
     del whole
     assert torch.equal(part["linear"].weight, base + 1)
     session.restore()
@@ -286,7 +286,7 @@ def test_a_checkpoint_loaded_into_a_part_is_no_adapter_to_the_whole(
 ) -> None:
     part = nn.ModuleDict({"linear": nn.Linear(6, 6)})
     whole = nn.ModuleDict({"unet": part})
-    uses = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear", "unet.linear"))]
+    uses = [Use(adapter(write_adapter, tmp_path / "a.safetensors", "linear"))]
     first = Session(part)
     first.apply(uses)
     part.load_state_dict({"linear.weight": torch.zeros(6, 6), "linear.bias": torch.zeros(6)})
