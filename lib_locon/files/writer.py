@@ -14,6 +14,7 @@ from lib_locon.errors import FileError
 from lib_locon.files.reader import MAX_HEADER, Entry
 
 CHUNK = 16 << 20  # bytes copied at a time
+ATTEMPTS = 10  # at a partial file that others move away meanwhile
 
 
 def write_safetensors(
@@ -52,41 +53,59 @@ def write_safetensors(
 
 def _begin(part: Path, mark: bytes) -> BinaryIO:
     """The partial file, empty and locked as long as it is open. Raises FileError and OSError."""
-    while True:
+    for _ in range(ATTEMPTS):
+        is_new = True
         try:
-            file: BinaryIO = part.open("xb")
+            file: BinaryIO = part.open("x+b")
         except FileExistsError:
-            if not part.is_file():
+            # through a link, a file anywhere would be emptied
+            if part.is_symlink() or not part.is_file():
                 raise FileError(f"{part} is there already, and is no file: remove it first") from None
-            file = part.open("r+b")
-        if not _lock(file):
-            file.close()
-            raise FileError(f"another run is writing {part} now: wait for it, or choose another name")
-        # the run that had the lock may have moved its file into place meanwhile: then that file is not the partial one
+            is_new, file = False, part.open("r+b")
         try:
-            same = os.path.samestat(os.fstat(file.fileno()), part.stat())
-        except FileNotFoundError:
-            same = False
-        if not same:
+            _take(file, part, is_new=is_new)
+            # the run that had the lock may have moved its file into place meanwhile: then it is not the partial one
+            if _is_same(file, part):
+                if not _begins_with(file, mark):
+                    raise FileError(f"{part} is there already, and not from such a run: remove it first")
+                file.seek(0)
+                file.truncate()
+                return file
+        except BaseException:
             file.close()
-            continue
-        if not _begins_with(part, mark):
-            file.close()
-            raise FileError(f"{part} is there already, and not from such a run: remove it first")
-        file.seek(0)
-        file.truncate()
-        return file
+            raise
+        file.close()
+    raise FileError(f"{part} is made and moved away by others all the time: choose another name")
 
 
-def _begins_with(part: Path, mark: bytes) -> bool:
-    """Whether the mark stands in the header of a partial file; an empty one is no loss to anybody."""
-    with part.open("rb") as file:
-        start = file.read(8)
-        return not start or mark in file.read(min(int.from_bytes(start, "little"), MAX_HEADER))
+def _take(file: BinaryIO, part: Path, *, is_new: bool) -> None:
+    """Locks a partial file. Raises FileError where another run has it, or may have it."""
+    taken = _lock(file)
+    if taken is False:
+        raise FileError(f"another run is writing {part} now: wait for it, or choose another name")
+    if taken is None and not is_new:
+        why = "and this drive does not tell if another run is writing it"
+        raise FileError(f"{part} is there already, {why}: remove it if none is")
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Takes the file for this process, until it is closed; False where another process has it."""
+def _is_same(file: BinaryIO, part: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), part.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _begins_with(file: BinaryIO, mark: bytes) -> bool:
+    """Whether the mark stands in the header of a partial file; an empty one is no loss to anybody.
+
+    It is read through the handle that has the lock: on Windows no other one may read what is locked.
+    """
+    start = file.read(8)
+    return not start or mark in file.read(min(int.from_bytes(start, "little"), MAX_HEADER))
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Takes the file for this process, until it is closed; False where another has it, None on a drive without locks"""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -97,7 +116,7 @@ def _lock(file: BinaryIO) -> bool:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # a drive without locks takes none
+        return False if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK) else None
     return True
 
 
