@@ -9,9 +9,11 @@ import secrets
 import shutil
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +126,15 @@ def save_user_metadata(path: Path, changes: Mapping[str, str | float], folders: 
     with _SAVING:
         content = {**_kept(file), **changes}
         try:
+            json.dumps(changes, ensure_ascii=False).encode("utf8")  # raises for half letters
             text = json.dumps(content, indent=4, ensure_ascii=False)
-            size = len(text.encode("utf8"))
-            if size > MAX_USER_METADATA:
-                raise ValueError(f"it would have {size} bytes, and {MAX_USER_METADATA} are the most; shorten the notes")
-            _replace(file, text)
+            if not _is_whole(text):
+                text = json.dumps(content, indent=4)  # another program wrote halves: they stay as it wrote them
+            new = text.encode("utf8")
+            if len(new) > MAX_USER_METADATA:
+                size = f"{len(new)} bytes, and {MAX_USER_METADATA} are the most"
+                raise ValueError(f"it would have {size}; shorten the notes")
+            _replace(file, new)
         except (OSError, ValueError, RecursionError) as error:
             raise FileError(f"{file.name} could not be written, and is as it was: {error}") from error
 
@@ -142,7 +148,7 @@ def _kept(file: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         return {}
     try:
-        found = _read(file, parse)
+        found = _read(file, partial(parse, pairs=_once))
     except (FileError, ValueError) as error:
         why = f"{file.name} is there and cannot be read as JSON, so nothing was written into it: {error}"
         raise FileError(why) from error
@@ -151,9 +157,25 @@ def _kept(file: Path) -> dict[str, Any]:
     return found
 
 
-def _replace(file: Path, text: str) -> None:
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Raises ValueError for a key that is there twice: only one of its values could be written again."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"it has {twice[:40]!r} more than once")
+    return found
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode("utf8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _replace(file: Path, content: bytes) -> None:
     """All or nothing: a computer that stops half way leaves the old file."""
-    content = text.encode("utf8")
     # a rename asks for no right to the file itself: without this, one that the user protected would be replaced
     if file.exists() and not file.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError("it is read-only")
