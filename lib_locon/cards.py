@@ -11,6 +11,7 @@ from pathlib import Path
 from lib_locon.errors import FileError
 from lib_locon.facts import Facts, FactsIndex
 from lib_locon.files.reader import FileIdentity
+from lib_locon.files.regular import inside
 from lib_locon.library import ENOUGH_DIGITS, Entry, Library
 from lib_locon.naming import Lookup, Table, in_a_tag, quoted
 from lib_locon.naming import fits_into_a_tag as _fits_into_a_tag
@@ -196,6 +197,15 @@ def _says_more(label: str, than: str) -> bool:
     """LoHa Tucker says more than LoHa, and LoCon, a LoRA on convolutions too, more than LoRA."""
     plain = {"LoRA": "LoCon", "DoRA LoRA": "DoRA LoCon"}.get(than, than)
     return label != than and label.startswith((than, plain))
+
+
+def check_place(picture: Path, folders: Iterable[Path]) -> None:
+    """Raises FileError where a new picture would be written out of `folders`, over something else, or into a pipe."""
+    target = inside(picture, folders)
+    if target.suffix.lower() != picture.suffix.lower():
+        raise FileError(f"{picture.name} is a link to {target.name}, so nothing was written through it")
+    if target.exists() and not target.is_file():
+        raise FileError(f"{picture.name} is there, and is no file but a folder, a pipe or a device")
 
 
 class _Folders:

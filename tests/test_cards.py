@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -413,6 +415,19 @@ def test_a_name_that_is_no_unicode_text_keeps_no_page_back(host: Any, write: Wri
     assert len(page.items) == 3
     assert "half ?" in html and "&lt;lora:half %FF:" in html
     page.create_item_html("txt2img", page.items["half \udcff"], page.card_tpl).encode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes and devices with names are not there")
+def test_whatever_is_in_the_place_of_a_description_holds_nobody_up(host: Any, write: Write) -> None:
+    os.mkfifo(write("pipe").with_suffix(".txt"))
+    write("endless").with_suffix(".txt").symlink_to("/dev/zero")
+    path = write("other")
+    path.with_suffix(".txt").mkdir()
+    path.with_suffix(".description.txt").write_bytes(b"words \xff")
+    (page,) = host()
+    page.create_html("txt2img")
+    found = {name: item["description"] for name, item in page.items.items()}
+    assert found == {"pipe": None, "endless": None, "other": "words \ufffd"}
 
 
 def test_adapters_for_other_models_are_hidden_and_told(host: Any, write: Write) -> None:

@@ -28,6 +28,7 @@ from lib_locon.errors import FileError
 from lib_locon.files import handles
 from lib_locon.files.handles import HandleIdentity, State, fill
 from lib_locon.files.reader import Entry, SafetensorsFile
+from lib_locon.files.regular import open_regular
 
 TILE = 1 << 20  # numbers that are cast at a time: a few MiB that stay in the cache
 SETTLED = 2_000_000_000
@@ -57,7 +58,7 @@ class CheckpointSource:
         self._sound: set[tuple[str, torch.dtype]] = set()
         """What was read so before: what is looked for in a cast cannot come later, for the file stays the same."""
         self._held: FileIO | None = None
-        opened = self._open()
+        opened = open_regular(self.path)
         try:
             self._identity, self._ctime_ns = State.of(opened)
             if (self._identity.size, self._identity.mtime_ns) != (file.identity.size, file.identity.mtime_ns):
@@ -103,7 +104,7 @@ class CheckpointSource:
         other weight is to begin with that.
         """
         try:
-            with self._open() as file:  # by opening: a network drive asks its server only then
+            with open_regular(self.path) as file:  # by opening: a network drive asks its server only then
                 same = self._is_as_loaded(file)
         except (FileError, OSError):
             return False
@@ -161,16 +162,10 @@ class CheckpointSource:
             self._ctime_ns = self._ctime_ns if self._is_other else ctime_ns
         return not self._is_other
 
-    def _open(self) -> FileIO:
-        try:
-            return FileIO(self.path)
-        except OSError as error:
-            raise FileError(f"{self.path} cannot be read: {error.strerror or error}") from error
-
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
         if self._held is None:
-            with self._open() as file:
+            with open_regular(self.path) as file:
                 yield file
         else:
             with nullcontext() if handles.AT_ONCE else self._lock:  # one handle has one position

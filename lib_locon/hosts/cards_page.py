@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from modules import sd_models, shared, ui_extra_networks
 from torch import nn
 
 from lib_locon.cards import Card, Cards, fits
+from lib_locon.errors import FileError
 from lib_locon.facts import Facts, FactsIndex, FileMetadata
 from lib_locon.files.reader import FileIdentity
+from lib_locon.files.regular import read_regular
 from lib_locon.hosts.cards_shown import badges, with_notes
 from lib_locon.hosts.options import value
 from lib_locon.index import DiskTable, facts_table
@@ -28,6 +31,8 @@ from lib_locon.settings import FILENAME, HIDE_UNKNOWN, PREFERRED_NAME, SHOW_ALL
 from lib_locon.user_metadata import KNOWN_BASES, read_user_metadata
 
 NAME = "lora"
+MAX_DESCRIPTION = 1_000_000
+"""Bytes of a text beside a file; a larger one is no description."""
 _FAMILIES: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -67,6 +72,14 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
         item["user_metadata"] = dict(user.raw)
         if user.description:
             item["description"] = user.description
+
+    def find_description(self, path: str) -> str | None:
+        """The text beside a file; `path` is without the ending. As the host, but whatever stands there."""
+        for name in (f"{path}.txt", f"{path}.description.txt"):
+            if self.lister.exists(name):
+                with suppress(FileError):
+                    return read_regular(Path(name), MAX_DESCRIPTION).decode("utf8", "replace")
+        return None
 
     def create_item_html(self, tabname: str, item: dict[str, Any], template: str | None = None) -> Any:
         """The card's HTML, or without a template its parts. The host escapes some of what it puts in; here, all is."""

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from lib_locon.cards import Card
+from lib_locon.cards import Card, check_place
 from lib_locon.errors import FileError
-from lib_locon.files.regular import inside
 from lib_locon.hosts.metadata_shown import facts_table, preview, sentence, words
 from lib_locon.user_metadata import KNOWN_BASES, UNKNOWN, changed, read_user_metadata, save_user_metadata
 
@@ -112,7 +111,7 @@ class MetadataEditor:
             image = infotext_utils.image_from_url_text(gallery[min(number, len(gallery) - 1)])
             text, _ = images.read_info_from_image(image)
             file = self._page.preview_file(card)
-            inside(Path(file), (card.path.parent, *self._folders()))
+            check_place(Path(file), (card.path.parent, *self._folders()))
             images.save_image_with_geninfo(image, text, file)
             self._page.lister.update_file_entry(file)
         except (OSError, ValueError, AssertionError, FileError) as error:
