@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NoReturn
 from extensions_builtin_shim.app import App
 from extensions_builtin_shim.launch import ADAPTERS, launch
 from extensions_builtin_shim.limits import BadRequest, checked_prompt, checked_seed, checked_steps
+from lib_locon.errors import printable
 
 EPILOG = """
 Several --prompt are run one after the other in one process; --out a.png then writes a-1.png, a-2.png, …
@@ -26,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
 
 
 def parser() -> Parser:
@@ -51,6 +53,9 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for bad arguments, 1 for a file that cannot be written or a port that is taken."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know no letters but English ones
     options = parser()
     args = options.parse_args(argv)
     problem = _problem(args)

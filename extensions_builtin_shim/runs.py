@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extensions_builtin_shim.webui import Run, Webui
+from lib_locon.errors import printable
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ def run_all(webui: Webui, request: Request) -> int:
         with _Log() as log:
             run = webui.generate(prompt, request.negative_prompt, seed=request.seed, steps=request.steps)
         # what is said under the image is logged as well; on stderr once is enough
-        for line in dict.fromkeys((*run.comments, *log.lines)):
+        for line in dict.fromkeys(printable(line, lines=True) for line in (*run.comments, *log.lines)):
             sys.stderr.write(f"{line}\n")
         path = request.path(index)
         try:
             if path is not None:
                 path.write_bytes(run.png)
         except OSError as error:
-            sys.stderr.write(f"{path} cannot be written: {error.strerror or error}\n")
+            sys.stderr.write(f"{printable(str(path))} cannot be written: {error.strerror or error}\n")
             return 1
         runs.append(run.as_json(None if path is None else str(path)))
         if not request.json:
@@ -77,4 +78,4 @@ class _Log(logging.Handler):
 def _line(run: Run, path: Path | None) -> str:
     seconds = run.seconds
     times = f"load {seconds.load:.2f} s, apply {seconds.apply:.2f} s, sample {seconds.sample:.2f} s"
-    return f"{path}  seed {run.seed}  sha256 {run.sha256[:12]}  {times}\n"
+    return f"{printable(str(path))}  seed {run.seed}  sha256 {run.sha256[:12]}  {times}\n"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lib_locon.bake import bake, no_steps
 from lib_locon.errors import LoconError, printable
@@ -27,6 +27,16 @@ from lib_locon.resolve import AdapterCache, resolve
 from lib_locon.session import Use
 
 BAD_INPUT = 2
+ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+"""The signals that ask a program to end."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Its refusals repeat what was given, which may be the names of files (`inspect *`)."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        super().error(printable(message))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lib_locon", description="Adapters without any webui.")
+    parser = Parser(prog="python -m lib_locon", description="Adapters without any webui.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("inspect", help="say what adapter files are, from their headers")
@@ -119,7 +129,7 @@ def _inspection_text(found: Inspection) -> str:
         if found.match.unmatched:
             rows["not used"] = summary(found.match.unmatched)
     lines = [f"  {label:<13} {printable(value)}" for label, value in rows.items()]
-    lines += [f"    {item}" for item in (found.match.unmatched if found.match else found.unread)]
+    lines += [f"    {printable(str(item))}" for item in (found.match.unmatched if found.match else found.unread)]
     return "\n".join([printable(found.name), *lines])
 
 
@@ -167,13 +177,24 @@ def _bake(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """A request to end, or a terminal that is closed, interrupts as Ctrl-C does: no partial file is left behind."""
+    """A request to end, or a terminal that is closed, interrupts as Ctrl-C does: no partial file is left behind.
+
+    Only the first counts: a second one must not interrupt the removal of that file.
+    """
     before: dict[int, Any] = {}
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not all on Windows
+
+    def interrupt(*_: object) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    # not every system has all of them
+    numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
     if threading.current_thread() is threading.main_thread():  # in others it cannot be asked for
         for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # who started us with nohup wants us to go on
-                before[number] = signal.signal(number, signal.default_int_handler)
+            # who started us with nohup wants us to go on; and a handler that is not Python's could not be put back
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from lib_locon.errors import printable
 from lib_locon.files.adapter import Unmatched
 from lib_locon.matching import WRONG_SHAPE, Match
 from lib_locon.patching.eight_bits import Cost, share_lost
@@ -55,17 +56,21 @@ class AdapterReport:
         return {key: value for key, value in plain.items() if value or key not in ("notes", "made_for", "lost")}
 
     def __str__(self) -> str:
+        """One line, whatever is in the names and texts of the file."""
+        return printable("; ".join([self._change, *self.notes]))
+
+    @property
+    def _change(self) -> str:
         if not self.used and self.total:
             why = f"it was made for {self.made_for}; {summary(self.unmatched)}"
-            line = f"{self.name} changes nothing: none of its {self.total} layers fit this model ({why})"
-            return "; ".join([line, *self.notes])
+            return f"{self.name} changes nothing: none of its {self.total} layers fit this model ({why})"
         if self.lost:
-            return "; ".join([f"{self.name} at {self.strengths} changes nothing in this model", *self.notes])
+            return f"{self.name} at {self.strengths} changes nothing in this model"
         families = ", ".join(self.families) or "no layers"
         line = f"{self.name} ({families}) at {self.strengths}: {self.used}/{self.total} layers"
         if self.unmatched:
             line += f"; not used: {summary(self.unmatched)}"
-        return "; ".join([line, *self.notes])
+        return line
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -10,18 +11,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lib_locon.cards import Cards
+from lib_locon.__main__ import _signals_interrupt
+from lib_locon.cards import Cards, check_place
 from lib_locon.errors import FileError, printable
-from lib_locon.files.reader import Entry
+from lib_locon.files.pristine import CheckpointSource
+from lib_locon.files.reader import Entry, SafetensorsFile
 from lib_locon.files.writer import write_safetensors
 from lib_locon.hosts import _escape
 from lib_locon.library import Library
+from lib_locon.prompt.request import Problem, Strengths
+from lib_locon.report import AdapterReport
 from lib_locon.user_metadata import MAX_USER_METADATA, read_user_metadata, save_user_metadata
 
 EVIL = "style\x1b]0;title\x07\u202egnp.\r\nfake line\ud800"
@@ -71,6 +78,18 @@ def test_a_picture_is_a_file(tmp_path: Path) -> None:
     assert card.preview == tmp_path / "x.webp"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with names are not there")
+def test_a_checkpoint_in_whose_place_a_pipe_is_holds_nobody_up(tmp_path: Path) -> None:
+    path = tmp_path / "base.safetensors"
+    save_file({"a": torch.ones(4)}, path)
+    source = CheckpointSource(SafetensorsFile(path), {"a": "a"}, hold=False)
+    path.unlink()
+    os.mkfifo(path)
+    assert not source.unchanged()
+    with pytest.raises(FileError, match="it is no file but a pipe"):
+        source.read("a", torch.empty(4))
+
+
 def test_notes_with_the_mark_of_windows_editors_are_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"notes": "n", "own": 1}).encode())
     save_user_metadata(tmp_path / "x.safetensors", {"description": "d"})
@@ -109,6 +128,38 @@ def test_links_inside_the_adapter_folders_are_followed(tmp_path: Path) -> None:
         save_user_metadata(folder / "sub" / "x.safetensors", {"notes": "m"})
 
 
+def test_a_picture_is_written_over_pictures_alone(tmp_path: Path) -> None:
+    folder, picture = tmp_path / "Lora", tmp_path / "Lora" / "x.png"
+    folder.mkdir()
+    save_file(FACTORS, folder / "x.safetensors")
+    (folder / "other.png").write_bytes(b"")
+    check_place(picture, [folder])
+    for there, said in (("other.png", ""), ("x.safetensors", "is a link to x.safetensors"), ("../y.png", "leads out")):
+        picture.symlink_to(there)
+        with pytest.raises(FileError, match=said) if said else nullcontext():
+            check_place(picture, [folder])
+        picture.unlink()
+    picture.mkdir()
+    with pytest.raises(FileError, match="is no file but a folder, a pipe or a device"):
+        check_place(picture, [folder])
+
+
+def test_halves_of_letters_that_others_wrote_stay(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text('{"own": "\\ud83d", "notes": "é"}', encoding="utf8")
+    save_user_metadata(tmp_path / "x.safetensors", {"notes": "ü"})
+    assert json.loads(file.read_text("utf8")) == {"own": "\ud83d", "notes": "ü"}
+
+
+def test_a_key_that_is_there_twice_is_not_made_one(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text('{"notes": "long", "own": {"a": 1, "a": 2}}')
+    assert read_user_metadata(tmp_path / "x.safetensors").notes == "long"
+    with pytest.raises(FileError, match="it has 'a' more than once"):
+        save_user_metadata(tmp_path / "x.safetensors", {"notes": "n"})
+    assert file.read_text() == '{"notes": "long", "own": {"a": 1, "a": 2}}'
+
+
 # ---- terminals
 
 
@@ -121,7 +172,28 @@ def test_what_a_terminal_would_obey_is_escaped() -> None:
 def test_log_lines_are_escaped() -> None:
     record = logging.LogRecord("lib_locon", logging.INFO, "", 1, "%s is here", (EVIL,), None)
     assert _escape(record)
-    assert record.getMessage() == f"{printable(EVIL, lines=True)} is here"
+    assert record.getMessage() == f"{printable(EVIL)} is here"
+
+
+def test_a_logged_error_is_escaped_too() -> None:
+    try:
+        raise RuntimeError(EVIL)
+    except RuntimeError:
+        record = logging.LogRecord("lib_locon", logging.ERROR, "", 1, "failed", (), sys.exc_info())
+    _escape(record)
+    text = logging.Formatter().format(record)
+    assert "Traceback" in text and "style\\x1b]0;title" in text
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
+def test_a_name_begins_no_line_of_its_own() -> None:
+    problem = Problem(f"no {EVIL}", f"<lora:{EVIL}:x>", len(EVIL) + 7)
+    first, tag, caret = str(problem).split("\n")
+    assert (first, tag) == (f"no {printable(EVIL)}", f"  <lora:{printable(EVIL)}:x>")
+    assert tag[caret.index("^")] == "x", "the caret is under the place"
+    record = logging.LogRecord("lib_locon", logging.INFO, "", 1, "%s", (problem,), None)
+    assert _escape(record) and record.getMessage() == str(problem)
+    assert "\n" not in str(AdapterReport(EVIL, Strengths.both(1), {}, 0, 1, (), (EVIL,)))
 
 
 @pytest.mark.parametrize("encoding", ["utf8", "ascii"])
@@ -136,7 +208,14 @@ def test_the_command_line_prints_no_control_characters(encoding: str, tmp_path: 
     save_file({"w": torch.ones(1)}, tmp_path / "base.ckpt.safetensors")
     bake = ["bake", str(tmp_path / "base.ckpt.safetensors"), "--prompt", "<lora:style:1>", "--lora-dir", str(tmp_path)]
     files = [str(path) for path in sorted(tmp_path.iterdir())]
-    for command in (["inspect", *files], ["inspect", "--json", *files], [*bake, "-o", str(tmp_path / "o.safetensors")]):
+    commands = (
+        ["inspect", *files],
+        ["inspect", "--json", *files],
+        [*bake, "-o", str(tmp_path / "o.safetensors")],
+        ["inspect", "x", f"--{name.replace(' ', '')}"],  # as `inspect *` would give it
+        [name],
+    )
+    for command in commands:
         done = subprocess.run(
             [sys.executable, "-m", "lib_locon", *command], capture_output=True, check=False,
             env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
@@ -146,6 +225,24 @@ def test_the_command_line_prints_no_control_characters(encoding: str, tmp_path: 
             text = output.decode(encoding)
             assert all(char.isprintable() or char == "\n" for char in text), text
             assert "\nfake line" not in text
+
+
+def test_the_headless_webui_prints_no_control_characters(tmp_path: Path) -> None:
+    save_file({"x.alpha": torch.ones(1)}, tmp_path / "a.safetensors")
+    evil = EVIL.replace("\ud800", "é")
+    commands = (
+        ["--prompt", f"cat <lora:{evil}:x>", "--steps", "1", "--json", "--lora-dir", str(tmp_path)],
+        [f"--{evil.replace(' ', '')}"],
+    )
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "extensions_builtin_shim", *command], capture_output=True, check=False,
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        )  # fmt: skip
+        text = (done.stdout + done.stderr).decode("ascii")
+        assert printable("\x1b]0;title") in text and "Traceback" not in text
+        assert all(char.isprintable() or char == "\n" for char in text), text
+        assert "\nfake" not in text and done.stderr.count(b"title") == 1, "it is said once"
 
 
 # ---- a bake that is stopped
@@ -175,6 +272,51 @@ def test_somebody_elses_file_of_that_name_is_kept(content: bytes, tmp_path: Path
     assert part.read_bytes() == content
 
 
+def test_no_link_leads_a_partial_file_elsewhere(tmp_path: Path) -> None:
+    """An empty file, or one that was baked, would be taken for what a killed run left, and emptied."""
+    precious, part = tmp_path / "precious.safetensors", tmp_path / "o.safetensors.part"
+    written(precious)
+    before = precious.read_bytes()
+    part.symlink_to(precious)
+    with pytest.raises(FileError, match="and is no file: remove it first"):
+        written(tmp_path / "o.safetensors")
+    assert precious.read_bytes() == before and part.is_symlink()
+
+
+def test_where_a_drive_has_no_locks_a_partial_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    written(tmp_path / "o.safetensors")
+    part = tmp_path / "o.safetensors.part"
+    part.write_bytes((tmp_path / "o.safetensors").read_bytes()[:-3])  # of another run, for all that can be told
+    with pytest.raises(FileError, match="does not tell if another run is writing it: remove it if none is"):
+        written(tmp_path / "o.safetensors")
+    assert part.exists()
+
+
+def test_a_partial_file_is_read_through_the_handle_that_has_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows a locked file can be read through no other handle."""
+    part, opened = tmp_path / "o.safetensors.part", []
+    part.write_bytes(b"")
+    open_ = Path.open
+
+    def counting(path: Path, *arguments: Any, **named: Any) -> Any:
+        file = open_(path, *arguments, **named)
+        opened.append(path)
+        return file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", counting)
+        written(tmp_path / "o.safetensors")
+    assert opened == [part]
+
+
 def test_two_runs_never_write_one_file(tmp_path: Path) -> None:
     said = []
 
@@ -196,6 +338,19 @@ bake.patched = lambda *_: time.sleep(120)  # in the middle of the file, for as l
 from lib_locon.__main__ import main
 sys.exit(main(["bake", "base.safetensors", "--prompt", "<lora:b:1>", "--lora-dir", "L", "-o", "o.safetensors"]))
 """
+
+
+@pytest.mark.parametrize("again", ["SIGINT", "SIGTERM"])
+def test_only_the_first_signal_interrupts(again: str) -> None:
+    """A second one would come into the removal of the partial file."""
+    before, removed = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(KeyboardInterrupt), _signals_interrupt():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(getattr(signal, again))
+            removed.append(True)
+    assert removed and signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")

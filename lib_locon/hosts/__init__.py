@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from pathlib import Path
 
 from lib_locon.errors import printable
 
@@ -11,8 +12,16 @@ log = logging.getLogger("lib_locon")
 
 
 def _escape(record: logging.LogRecord) -> bool:
-    """A filter: names and texts out of files reach the host's console without control characters."""
+    """A filter: names and texts out of files reach the host's console without control characters.
+
+    Nor do they begin a line of their own there: the ends of lines are those of the message, and of a problem's form.
+    """
+    if isinstance(record.args, tuple):
+        texts = (str, Path, BaseException)
+        record.args = tuple(printable(str(arg)) if isinstance(arg, texts) else arg for arg in record.args)
     record.msg, record.args = printable(record.getMessage(), lines=True), None
+    if record.exc_info and not record.exc_text:  # what a formatter takes in the place of its own
+        record.exc_text = printable(logging.Formatter().formatException(record.exc_info), lines=True)
     return True
 
 

@@ -28,7 +28,7 @@ def others_error(error: BaseException, what: str, instead: str) -> str:
 def failed(error: Exception, checkpoint: Path | None, *, held: bool, since: str = "") -> str:
     """For everybody's eyes: without the folders that files lie in. `held`: the model could not be given its base back,
     and so what it held before is in the image; `since` says from which step on, where that is not the first."""
-    what = str(error) or type(error).__name__
+    what = " ".join(str(error).splitlines()) or type(error).__name__  # torch says some things in several lines
     what = without_folders(what if checkpoint is None else without_folder(what, checkpoint))
     if not held:
         return f"no adapter is in this image{since}: {what}"

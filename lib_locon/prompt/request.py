@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lib_locon.errors import printable
 from lib_locon.prompt.blocks import BlockList
 from lib_locon.prompt.elements import Elements
 from lib_locon.prompt.keys import CURVES
@@ -138,12 +139,15 @@ class Problem:
     position: int = 0
 
     def __str__(self) -> str:
+        """What is in it of names and texts out of files is escaped: the ends of lines are those of this form alone."""
+        message = printable(self.message)
         if not self.tag:
-            return self.message
+            return message
         # of a long tag what is around the place: there may be a sentence for each of its arguments
         first = max(0, min(self.position - MOST_SHOWN // 2, len(self.tag) - MOST_SHOWN))
         shown, place = self.tag[first : first + MOST_SHOWN], self.position - first
+        place, shown = len(printable(shown[:place])), printable(shown)
         if first:
             shown, place = f"…{shown}", place + 1
         more = "…" if first + MOST_SHOWN < len(self.tag) else ""
-        return f"{self.message}\n  {shown}{more}\n  {' ' * place}^"
+        return f"{message}\n  {shown}{more}\n  {' ' * place}^"
