@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -234,6 +235,21 @@ def test_previews_come_from_the_adapter_folders_only(served: Client) -> None:
     assert served.ask("GET", f"/sd_extra_networks/cover-images?page=lora&item={ONE}")[0] == 404
 
 
+@pytest.mark.parametrize("content", ["deep JSON", "no JSON", "a broken PNG", "no picture", "a huge PNG"])
+def test_a_picture_in_a_file_that_is_none(served: Client, content: str) -> None:
+    from extensions_builtin_shim.page.cards import cover_image
+
+    file = io.BytesIO()
+    Image.new("1", (4100, 4100) if content == "a huge PNG" else (4, 4)).save(file, "PNG")
+    png = file.getvalue()
+    begun = png[: png.index(b"IDAT") - 4] + b"\0\0\0\1IDATx"  # Pillow looks for more of the picture behind it
+    data = {"a broken PNG": begun + b"\0" * 11, "no picture": b"PK", "a huge PNG": png}.get(content)
+    content = "[" * 100_000 if content == "deep JSON" else content
+    images = content if data is None else json.dumps([base64.b64encode(data).decode()])
+    page: Any = SimpleNamespace(name="lora", metadata={"x": {"ssmd_cover_images": images}})
+    assert cover_image([page], "lora", "x") is None
+
+
 def test_refresh_finds_new_files(served: Client, tmp_path: Path) -> None:
     def names() -> list[str]:
         return [card["name"] for card in served.ask("GET", "/api/cards?refresh=1")[1]["pages"][0]["cards"]]
@@ -281,6 +297,7 @@ def make_copy(folder: Path) -> Path:
         (413, "POST", "/api/generate", b" " * 70_000, {}, "may have 65536 bytes"),
         (411, "POST", "/api/generate", {}, {"Content_Length": "-1"}, "must say how long it is"),
         (415, "POST", "/api/generate", {}, {"Content_Type": "text/plain"}, "must be application/json"),
+        (400, "GET", "ftp://[", None, {}, "the address is none"),
         (403, "GET", "/", None, {"Host": "evil.example"}, "answers only as 127.0.0.1"),
         (403, "GET", "/api/cards", None, {"Host": "127.0.0.1.evil.example:7870"}, "answers only as 127.0.0.1"),
         (403, "POST", "/api/generate", {"prompt": "x"}, {"Origin": "http://evil.example"}, "other sites"),

@@ -13,6 +13,8 @@ from modules import shared
 from modules.ui_extra_networks import ExtraNetworksPage
 from PIL import Image
 
+from lib_locon.files.untrusted_json import parse
+
 TAB = "txt2img"
 _PART = re.compile(r'\s*(?:("(?:\\.|[^"\\])*")|opts\.(\w+)|([\d.]+))\s*(?:\+|$)')
 
@@ -72,12 +74,13 @@ def cover_image(pages: Sequence[ExtraNetworksPage], name: str, item: str) -> tup
     """The first picture inside an item's file, with its kind. Read and written anew, as the host does."""
     metadata = next((page.metadata.get(item) for page in pages if page.name == name), None) or {}
     try:
-        images = json.loads(metadata.get("ssmd_cover_images", "[]"))
+        images = parse(metadata.get("ssmd_cover_images", "[]"))
         image = Image.open(io.BytesIO(base64.b64decode(images[0])), formats=("PNG", "JPEG", "WEBP", "GIF"))
         if image.width * image.height > MOST_PIXELS:
             return None
         file = io.BytesIO()
         image.save(file, "PNG")
-    except (ValueError, TypeError, LookupError, OSError, Image.DecompressionBombError):
+    # Pillow's own errors are of many kinds, such as SyntaxError for a broken PNG
+    except (ValueError, TypeError, LookupError, OSError, SyntaxError, Image.DecompressionBombError):
         return None
     return file.getvalue(), "image/png"

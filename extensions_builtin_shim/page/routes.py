@@ -22,7 +22,11 @@ from extensions_builtin_shim.limits import (
 )
 from extensions_builtin_shim.page.cards import cards_of, cover_image
 from extensions_builtin_shim.webui import Run, Webui
+from lib_locon.errors import FileError
+from lib_locon.files.regular import read_regular
 
+MAX_PREVIEW = 64_000_000
+"""Bytes of a picture beside a file."""
 FILES = Path(__file__).with_name("files")
 KINDS = {
     ".html": "text/html; charset=utf-8",
@@ -105,8 +109,9 @@ def thumb(webui: Webui, fields: Fields) -> Answer:
     """A preview in a folder of a page."""
     del webui
     try:
-        return Answer.file(ui_extra_networks.fetch_file(fields.get("filename", "")))
-    except (OSError, ValueError, KeyError) as error:
+        path = ui_extra_networks.fetch_file(fields.get("filename", ""))
+        return Answer(read_regular(path, MAX_PREVIEW), KINDS[path.suffix.lower()])
+    except (OSError, ValueError, KeyError, FileError) as error:
         raise NotFound("there is no such preview") from error
 
 

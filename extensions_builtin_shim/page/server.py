@@ -95,7 +95,10 @@ class Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, answer.content, answer.kind)
 
     def _answer(self, method: str) -> Answer:
-        url = urlsplit(self.path)
+        try:
+            url = urlsplit(self.path)
+        except ValueError as error:
+            raise BadRequest(f"the address is none: {error}") from error
         file = extension_file(unquote(url.path))
         if file is not None and method == "GET":
             return file
@@ -132,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
     def _body(self) -> Mapping[str, object]:
         if self.headers.get_content_type() != "application/json":
             raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the request must be application/json")
-        lengths = self.headers.get_all("Content-Length", [])
+        lengths = [length.strip() for length in self.headers.get_all("Content-Length", [])]
         whole = all(length.isascii() and length.isdigit() for length in lengths)
         if len(lengths) != 1 or not whole or "Transfer-Encoding" in self.headers:
             raise Refused(HTTPStatus.LENGTH_REQUIRED, "the request must say how long it is (one Content-Length)")
