@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import lib_locon
 from lib_locon.errors import LoconError, PatchError
+from lib_locon.files.pristine import SAMPLE_BYTES, SAMPLES
 from lib_locon.hosts.sessions import Sessions
 from lib_locon.patching import hooks
 
@@ -108,6 +111,48 @@ def test_a_change_that_meets_one_gives_all_others_their_base(adapter: lib_locon.
     assert torch.equal(model[1].weight, before["1.weight"]) and not session.active
 
 
+def put(weight: object) -> Any:
+    def change(layer: nn.Module) -> None:
+        layer._parameters["weight"] = weight  # type: ignore[assignment]
+
+    return change
+
+
+class Refusing(nn.Parameter):
+    """A tensor of somebody's own class, that fails whatever it is asked for."""
+
+    @classmethod
+    def __torch_function__(cls, *_: object, **__: object) -> Any:
+        raise ZeroDivisionError("nothing works here")
+
+
+STRANGE = {
+    "sparse": lambda layer: put(nn.Parameter(layer.weight.detach().to_sparse()))(layer),
+    "none": put(None),
+    "no tensor": put("weight"),
+    "deleted": lambda layer: delattr(layer, "weight"),
+    "refusing": lambda layer: put(Refusing(layer.weight.detach()))(layer),
+}
+
+
+@pytest.mark.parametrize("change", STRANGE.values(), ids=STRANGE)
+def test_a_weight_that_became_something_else_keeps_no_other_from_its_base(
+    change: Any, adapter: lib_locon.Adapter
+) -> None:
+    models = [two_layers() for _ in range(2)]
+    before = numbers(models[0])
+    sessions = Sessions()
+    for model in models:
+        apply(sessions.of(model, None), adapter)
+    change(models[0][0])
+    other = two_layers()  # compared with those that hold adapters
+    apply(lib_locon.Session(other), adapter)
+    with pytest.raises(PatchError, match=r"^1 weights, 0\.weight first, could not be given their base back"):
+        sessions.clear()
+    assert torch.equal(models[0][1].weight, before["1.weight"])
+    assert same(models[1], before)
+
+
 # ---- copies
 
 
@@ -138,8 +183,23 @@ def test_nothing_runs_beside_a_copy(make: Any, adapter: lib_locon.Adapter) -> No
     other.restore()
     session.restore()
     assert torch.equal(clone(x), base) and torch.equal(model(x), base)
-    hook = next(iter(clone[0]._forward_hooks.values()))
-    assert hook is hooks.no_hook
+    assert not any(isinstance(hook, hooks.Hook) for hook in clone[0]._forward_hooks.values())
+
+
+def test_a_pickled_model_is_loaded_where_this_package_is_not(adapter: lib_locon.Adapter, tmp_path: Path) -> None:
+    model, x = two_layers(), torch.ones(1, WIDTH)
+    base = model(x)
+    apply(lib_locon.Session(model, side_path=True), adapter)
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    script = f"""
+import sys
+sys.modules["lib_locon"] = None
+import pickle, torch
+model = pickle.load(open({str(tmp_path / "model")!r}, "rb"))
+torch.save(model(torch.ones(1, {WIDTH})).detach(), {str(tmp_path / "output")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "output"), base)
 
 
 def test_a_replica_of_data_parallel_runs_as_its_model_does(adapter: lib_locon.Adapter) -> None:
@@ -223,6 +283,36 @@ def test_other_bytes_under_the_same_time_are_never_taken_for_the_base(
         for name, weight in model.named_parameters()
         if not torch.equal(before[name], wrong[name])
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such time there")
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_change_beside_the_samples_is_seen_however_often_the_file_was_looked_at(
+    looked_at: bool, tmp_path: Path
+) -> None:
+    width = 256
+    factors = {"0.lora_up.weight": torch.ones(width, 2), "0.lora_down.weight": torch.ones(2, width)}
+    save_file(factors, tmp_path / "a.safetensors")
+    model, path = nn.Sequential(nn.Linear(width, width, bias=False)), tmp_path / "base.safetensors"
+    save_file({"0.weight": model[0].weight.detach()}, path)
+    os.utime(path, ns=(1, 1))
+    session = lib_locon.Session(model)
+    session.read_bases_from(path)
+    apply(session, lib_locon.load(tmp_path / "a.safetensors"))
+    held = numbers(model)
+
+    def one_byte(content: bytearray) -> None:
+        content[path.stat().st_size // SAMPLES + SAMPLE_BYTES + 100] ^= 1
+
+    rewrite(path, one_byte)
+    if looked_at:
+        assert not session.engine.store.report().file_changed, "the samples do not tell"
+    with pytest.raises(LoconError, match="has changed since it was loaded"):
+        session.restore()
+    assert same(model, held)
+    rewrite(path, one_byte)
+    session.restore()
+    assert torch.equal(model[0].weight, load_file(path)["0.weight"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such time there")

@@ -48,7 +48,8 @@ class CheckpointSource:
 
     Whoever writes a file can set its size and time to what they were (`touch -r`, `rsync --times`). The time of its
     last change of any kind (ctime) cannot be set; but it changes when the file is renamed or deleted, too, and its
-    numbers do not. So where that alone has changed, samples of the content are compared.
+    numbers do not. So where that alone has changed, samples of the content are compared, and `take_as_it_is` offers the
+    file to be proved as a whole, at the next change of the model.
     """
 
     def __init__(self, file: SafetensorsFile, names: Mapping[str, str], *, hold: bool = os.name != "nt") -> None:
@@ -71,6 +72,8 @@ class CheckpointSource:
             if self._held is None:
                 opened.close()
         self._settled = False
+        self._sampled_ctime_ns = self._ctime_ns
+        """The last one under which the samples were right; `_ctime_ns` is the last one under which all numbers were."""
         self._is_other = False
         """Whether the content was found to be another at the last look, whatever the file's times say."""
         self._refused: State | None = None
@@ -132,7 +135,7 @@ class CheckpointSource:
         def refuse() -> None:
             self._identity, self._ctime_ns, self._refused = before, ctime_ns, State(now, now_ctime_ns)
 
-        self._identity, self._ctime_ns = now, now_ctime_ns
+        self._identity, self._ctime_ns, self._sampled_ctime_ns = now, now_ctime_ns, now_ctime_ns
         return refuse
 
     def _read(self, entry: Entry, first: int, out: Tensor, *, checked: bool) -> None:
@@ -157,9 +160,9 @@ class CheckpointSource:
         identity, ctime_ns = State.of(file)
         if self._is_other or identity != self._identity or (identity, ctime_ns) == self._refused:
             return False
-        if ctime_ns != self._ctime_ns:
+        if ctime_ns not in (self._ctime_ns, self._sampled_ctime_ns):
             self._is_other = _sampled(file, identity.size) != self._samples
-            self._ctime_ns = self._ctime_ns if self._is_other else ctime_ns
+            self._sampled_ctime_ns = self._sampled_ctime_ns if self._is_other else ctime_ns
         return not self._is_other
 
     @contextmanager

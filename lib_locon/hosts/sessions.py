@@ -53,12 +53,12 @@ class Sessions:
             session.restore()
 
     def clear(self) -> None:
-        """Gives every model its base back and forgets it. Goes on to the end; raises the first PatchError after it."""
-        failed: LoconError | None = None
+        """Gives every model its base back and forgets it. Goes on to the end; raises the first error after it."""
+        failed: Exception | None = None
         for session in self._all():
             try:
                 session.restore()
-            except LoconError as error:
+            except Exception as error:  # noqa: BLE001  whatever is wrong with one model, the others get their base
                 failed = failed or error
         with self._lock:
             self._known.clear()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 
 from torch import Tensor, nn
 
 from lib_locon.errors import PatchError
 from lib_locon.patching.again import look_at_files, made_again
-from lib_locon.patching.bits import same_bits
+from lib_locon.patching.bits import alike, same_bits
 from lib_locon.patching.compute import exact_sums
 from lib_locon.patching.crew import Job, crew_for, working_at
 from lib_locon.patching.held import Held
@@ -93,10 +93,12 @@ class Engine:
             mine = self._weights.found(list(self._held)[:COMPARED])
             theirs = other._weights.found(mine)
             pairs = [(weight, theirs[path]) for path, weight in mine.items() if path in theirs]
-            return bool(pairs) and all(
-                one is not copy and not one.is_meta and one.device == copy.device and same_bits(one, copy)
-                for one, copy in pairs
-            )
+            try:
+                return bool(pairs) and all(
+                    one is not copy and alike(one, copy) and same_bits(one, copy.to(one.device)) for one, copy in pairs
+                )
+            except Exception:  # noqa: BLE001  weights without numbers, or of a form of their own: nothing can be told
+                return False
 
     def shares(self, other: Engine) -> bool:
         """Whether the two may write the same weights: of a model, and of a part of it."""
@@ -166,7 +168,7 @@ class Engine:
             while self._job is not None or set(self._held) - set(failed):
                 try:
                     self._settle()
-                    self._accept_outside_writes()
+                    self._accept_outside_writes(failed)
                     for path in [path for path in self._held if path not in failed]:
                         self._restore_one(path, failed)
                 except KeyboardInterrupt as error:
@@ -180,7 +182,7 @@ class Engine:
         if failed:
             path, cause = next(iter(failed.items()))
             what = f"{len(failed)} weights, {path} first, could not be given their base back ({cause})"
-            known = isinstance(cause, (BaseLost, NoData))
+            known = isinstance(cause, (BaseLost, NoData, ModuleGone))
             raise PatchError(what if known else f"{what}; load the checkpoint again") from cause
 
     def _own(self) -> AbstractContextManager[object]:
@@ -207,39 +209,48 @@ class Engine:
             failed[path] = error
             self._forget(path)  # said once: nothing can be done about it
         except Exception as error:  # noqa: BLE001  the others must get their base back, whatever is wrong with this one
-            weight = self._weights.weight(path)
-            base = self.store.save(path, weight)
-            if same_bits(weight.detach().cpu(), base.cpu()):  # a GPU may have no memory left to compare them
-                self._forget(path)  # it cannot be written, and never was
-            else:
-                failed[path] = error
+            failed[path] = error
+            with suppress(Exception):
+                weight = self._weights.weight(path)
+                base = self.store.save(path, weight)
+                if same_bits(weight.detach().cpu(), base.cpu()):  # a GPU may have no memory left to compare them
+                    self._forget(path)  # it cannot be written, and never was
+                    del failed[path]
 
-    def _accept_outside_writes(self) -> None:
+    def _accept_outside_writes(self, failed: dict[str, Exception] | None = None) -> None:
         """A weight that was loaded anew since we wrote it is a base again: its old base must never come back.
 
         Where the tensor is another but the numbers are those that we wrote (a conversion that replaces parameters), it
-        is still ours.
+        is still ours. `failed` takes the weights of which that cannot be told, and why; else that is raised.
         """
         look_at_files(self.store, self._weights, self._held, self._writer)
         there = self._weights.found(self._held)
         for path, weight in there.items():
-            entry = self._held[path]
-            if entry.untouched(weight) or weight.is_meta:
-                continue
             try:
-                base = self.store.fetch(path, weight)
-            except BaseLost:
-                if entry.weight == id(weight) and not weight.is_inference():
-                    self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
-                continue
-            if entry.patches is None:  # what it was left with is nothing that could be known again
-                if entry.weight == id(weight):
-                    self._forget(path)
-                continue
-            if entry.is_still_in(weight, made_again(path, entry, base, self._writer), base):
-                self._held[path] = Held.by(weight, entry.patches, entry.rounding)
-            else:
+                self._accept_outside_write(path, weight)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[path] = error  # one of a form that nothing can be compared with: the others get their base
+
+    def _accept_outside_write(self, path: str, weight: Tensor) -> None:
+        entry = self._held[path]
+        if entry.untouched(weight) or weight.is_meta:
+            return
+        try:
+            base = self.store.fetch(path, weight)
+        except BaseLost:
+            if entry.weight == id(weight) and not weight.is_inference():
+                self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
+            return
+        if entry.patches is None:  # what it was left with is nothing that could be known again
+            if entry.weight == id(weight):
                 self._forget(path)
+            return
+        if entry.is_still_in(weight, made_again(path, entry, base, self._writer), base):
+            self._held[path] = Held.by(weight, entry.patches, entry.rounding)
+        else:
+            self._forget(path)
 
     def _write_all(self, paths: Sequence[str], weights: Mapping[str, Tensor], plan: Plan, rounding: Rounding) -> None:
         """Writes the weights of these paths: those that get their base back, then those that two workers may. `weights`

@@ -7,6 +7,7 @@ rounding. Where several products meet, they are added in fp32.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,18 +57,10 @@ class Term:
         return tuple(patch.key for patch in self.patches)
 
 
-def no_hook(*_: object, **__: object) -> None:
-    """The place of a hook in a copy of its model. Nothing runs beside a copy: no Session of it could stop that."""
-
-
-def _inert() -> Any:
-    return no_hook
-
-
 class Hook:
     """What stands on one module. Without terms it does nothing, also where it could not be removed.
 
-    A copy of the model (`copy.deepcopy`, a pickle) gets `no_hook` instead.
+    Nothing runs beside a copy of the model (`copy.deepcopy`, a pickle): no Session of it could stop that.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -76,7 +69,8 @@ class Hook:
         self.handle: RemovableHandle | None = None
 
     def __reduce__(self) -> Any:
-        return _inert, ()
+        # Python's own function that takes anything and does nothing: a pickle is loaded where this package is not
+        return getattr, (nullcontext(), "__exit__")
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -20,7 +20,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 class ModuleGone(PatchError):
-    """A module of the model is no more, and nobody knows what became of its weights."""
+    """A module of the model, or its weight, is no more, and nobody knows what became of it."""
 
 
 class Parameters:
@@ -51,11 +51,13 @@ class Parameters:
                     self._owners[self._tied[path]].append((owner, name))
 
     def weight(self, path: str) -> Tensor:
-        """Raises ModuleGone, and as the module does where it has no such parameter."""
-        weight = self._at_hand(path)
+        """Raises ModuleGone, also where the module has no such parameter any more."""
+        weight: object = self._at_hand(path)
         if weight is None:
             module, name = self.owner(path)
-            weight = getattr(module, name)
+            weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor):
+            raise ModuleGone(f"there is no weight at {path} any more; load the model again")
         return weight
 
     def owner(self, path: str) -> tuple[nn.Module, str]:
@@ -70,8 +72,8 @@ class Parameters:
         """Those of them that are there."""
         found: dict[str, Tensor] = {}
         for path in paths:
-            weight = self._at_hand(path)
-            if weight is not None:
+            weight: object = self._at_hand(path)
+            if isinstance(weight, Tensor):
                 found[path] = weight
             else:
                 with suppress(Exception):
