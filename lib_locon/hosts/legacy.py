@@ -71,7 +71,7 @@ class Shown:
 
     def look(self) -> None:
         """Notes what does not read as we wrote it."""
-        self.theirs |= {name for name, value in self.written.items() if self._said(name) != value}
+        self.theirs |= {name for name, value in self.written.items() if _differ(self._said(name), value)}
 
     def wanted(self) -> Use:
         """The use with what somebody else has set."""
@@ -97,7 +97,7 @@ class Shown:
             return getattr(self.network, name, ours)
         except Exception as error:
             if name not in self.problems:
-                instead = "the strength in the tag is used"
+                instead = f"the {'number of ranks' if name == DYN else 'strength'} in the tag is used"
                 self.problems[name] = others_error(error, f"{name} of {self.use.name!r}", instead)
                 log.warning("%s", self.problems[name], exc_info=error)
             self.theirs.discard(name)
@@ -105,11 +105,11 @@ class Shown:
 
     def _number(self, name: str) -> float | None:
         value = self._said(name)
-        if name in self.problems:
+        if name not in self.theirs:  # it fails at this moment; at the next step it may not
             return None
         try:
             number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except Exception:  # noqa: BLE001  the value may be of anybody's class
             number = math.nan
         if math.isfinite(number):
             return number
@@ -174,10 +174,12 @@ class LoadedNetworks:
         """What the objects in the list say now: comparable, and cheap to ask for."""
         loaded = self.names.loaded if self.names is not None else ()
         known = {id(shown.network): shown for shown in self.shown}
-        return tuple(
-            (id(n), *((known[id(n)]._said(name) if id(n) in known else _plain(n, name)) for name in (TE, UNET, DYN)))
-            for n in loaded
-        )
+
+        def said(network: Any, name: str) -> object:
+            shown = known.get(id(network))
+            return _plain(network, name) if shown is None else shown._said(name)
+
+        return tuple((id(n), *(_key(said(n, name)) for name in (TE, UNET, DYN))) for n in loaded)
 
     def problems(self) -> list[str]:
         """What is wrong with the code that others put behind the objects, each once."""
@@ -208,6 +210,18 @@ def _blank(names: Names, use: Use) -> Any:
 def _set(network: Any, name: str, value: object) -> None:
     with suppress(Exception):  # somebody made a property of it that cannot be set: then it says what it is
         setattr(network, name, value)
+
+
+def _differ(one: object, other: object) -> bool:
+    """Of anything that others set: an array compares number by number, and gives no truth value."""
+    try:
+        return bool(one != other)
+    except Exception:  # noqa: BLE001
+        return True
+
+
+def _key(value: object) -> object:
+    return value if value is None or isinstance(value, (int, float, str)) else id(value)
 
 
 def _plain(network: Any, name: str) -> object:
