@@ -70,7 +70,11 @@ class Unequal:
         raise RuntimeError("no number")
 
 
-@pytest.mark.parametrize("value", [torch.ones(3), [0.5, 1.0], Unequal(), float("nan")], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(3), [0.5, 1.0], Unequal(), float("nan")],
+    ids=["array", "list", "incomparable", "nan"],
+)
 def test_what_is_no_strength_costs_nothing_but_itself(
     value: object, use: lib_locon.Use, caplog: pytest.LogCaptureFixture
 ) -> None:
