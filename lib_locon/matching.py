@@ -193,10 +193,10 @@ def _stacked(layer: Layer, views: tuple[View, ...], shapes: list[tuple[int, ...]
 
 def _check_growth(layer: Layer, shapes: list[tuple[int, ...]], model: _Model) -> None:
     asked = " × ".join(map(str, layer.reshape))
-    if not model.may_grow:
-        raise Unusable(f"it needs its weight enlarged to {asked}, which `bake` can do and a loaded model cannot")
     if len(shapes) > 1 or len(layer.reshape) != len(shapes[0]) or any(map(int.__lt__, layer.reshape, shapes[0])):
         raise ShapeError(f"it asks for a weight of {asked}, which does not hold the {shapes[0]} that are there")
+    if not model.may_grow:
+        raise Unusable(f"it needs its weight enlarged to {asked}, which `bake` can do and a loaded model cannot")
     if prod(layer.reshape) > MOST_GROWTH * prod(shapes[0]):
         raise Unusable(f"it asks for a weight of {asked}, more than {MOST_GROWTH} times what is there")
     layer.check(layer.reshape)
@@ -208,12 +208,10 @@ def _first_inputs(layer: Layer, view: View, shape: tuple[int, ...], component: s
     The further inputs are left as they are, which is a ΔW filled with zeros. Raises ShapeError where the adapter is for
     more inputs than the layer has.
     """
-    out, n = layer.family.shape()
-    kernel = prod(shape[2:])
-    if len(shape) < 2 or view.length >= 0 or n is None or n % kernel or out not in (None, shape[0]):
+    if len(shape) < 2 or view.length >= 0 or layer.family.shape()[0] not in (None, shape[0]):
         return view
-    inputs = n // kernel
-    if inputs == shape[1] or place_of(component, view.path).layer not in FIRST_LAYERS:
+    inputs = layer.family.inputs(prod(shape[2:]))
+    if inputs in (None, shape[1]) or place_of(component, view.path).layer not in FIRST_LAYERS:
         return view
     if inputs > shape[1]:
         raise ShapeError(

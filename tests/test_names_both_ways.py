@@ -294,3 +294,35 @@ def test_a_whole_difference_for_fewer_inputs_is_filled_with_zeros_too(tmp_path: 
     found, _ = changes(tmp_path / "a.safetensors", network({"unet.conv_in.weight": (6, 9, 3, 3)}))
     torch.testing.assert_close(found["unet.conv_in.weight"][:, :4], delta, rtol=1e-4, atol=1e-5)
     assert not found["unet.conv_in.weight"][:, 4:].any()
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_factors_of_inputs_are_counted_by_inputs_and_not_by_the_kernel(kernel: int, tmp_path: Path) -> None:
+    path = "model.diffusion_model.x_embedder.proj.weight"
+    factors = rand(1, 4, 1, 1)
+    tensors = {"weight": factors, "on_input": torch.tensor(1)}
+    save_file({f"lora_unet_x_embedder_proj.{k}": v for k, v in tensors.items()}, tmp_path / "a.safetensors")
+    for width in (4, 9):
+        model = network({path: (6, width, kernel, kernel), **around(path)})
+        before = model.get_parameter(path).detach().clone()
+        found, _ = changes(tmp_path / "a.safetensors", model)
+        torch.testing.assert_close(found[path][:, :4], before[:, :4] * factors)
+        assert not found[path][:, 4:].any()
+
+
+def test_a_layer_without_a_kernel_is_left_out_and_stops_nothing(tmp_path: Path) -> None:
+    lora(tmp_path / "a.safetensors", {"unet.conv_in": (6, 4, 3, 3)})
+    (left,) = match(
+        lib_locon.load(tmp_path / "a.safetensors"), TargetTable.of_shapes({"conv_in.weight": (6, 4, 0, 3)})
+    ).unmatched
+    assert left.reason.startswith("wrong shape")
+
+
+def test_a_layer_wider_than_the_shape_that_is_asked_for_is_not_to_be_enlarged(tmp_path: Path) -> None:
+    up, down = rand(6, RANK), rand(RANK, 8)
+    tensors = {"lora_up.weight": up, "lora_down.weight": down, "reshape_weight": torch.tensor([6, 8])}
+    save_file({f"lora_unet_img_in.{k}": v for k, v in tensors.items()}, tmp_path / "a.safetensors")
+    path = "model.diffusion_model.img_in.weight"
+    found, report = changes(tmp_path / "a.safetensors", network({path: (6, 24), **around(path)}))
+    expect(found, {})
+    assert "does not hold the (6, 24)" in report.unmatched[0].reason

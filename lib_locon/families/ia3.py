@@ -39,6 +39,9 @@ class IA3(Family):
             return None, None
         return (None, size) if bool(self.on_input) else (size, None)
 
+    def inputs(self, kernel: int) -> int | None:
+        return self.shape()[1]  # one factor for each, whatever the kernel
+
     def delta(self, base: Tensor) -> Tensor:
         return scale_axis(base, self.vector.flatten(), bool(self.on_input))
 
