@@ -63,8 +63,10 @@ ONETRAINER = {"oft_R.weight": "onetrainer.oft_R.weight"}
 _PARTS = {"unet.": "unet", "transformer.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2",
           "text_encoder_3.": "te3"}  # fmt: skip
 
-ENCODERS = {"clip_l": "te1", "clip_h": "te1", "clip_g": "te2", "t5xxl": "te3"}
+ENCODERS = {"clip_l": "te1", "clip_h": "te1", "clip_g": "te2", "t5xxl": "te3", "t5": "te3"}
 """ComfyUI and OneTrainer name text encoders by their architecture; clip_h is SD2's only one."""
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Levels that torch puts around a whole network: before its prefix too, where a trainer saves what it wrapped."""
 
 PREFIXES: tuple[Dialect, ...] = (
     Dialect("lora_unet__", "Wan", rejected="Wan's video models are not supported"),
@@ -77,6 +79,9 @@ PREFIXES: tuple[Dialect, ...] = (
     Dialect("lora_te_", "kohya", ("te1", "te2"), ONETRAINER),
     Dialect("lora_transformer_", "OneTrainer", ("unet",), ONETRAINER),
     Dialect("oft_unet_", "kohya OFT", ("unet",), {"oft_blocks": "kohya_oft_blocks"}),
+    Dialect("lycoris_text_encoder_2_", "LyCORIS", ("te2",)),
+    Dialect("lycoris_text_encoder_3_", "LyCORIS", ("te3",)),
+    Dialect("lycoris_text_encoder_", "LyCORIS", ("te1",)),
     Dialect("lycoris_", "LyCORIS"),
     *(Dialect(f"{part}base_model.model.", "PEFT", (component,)) for part, component in _PARTS.items()),
     *(Dialect(f"base_model.model.{part}", "PEFT", (component,)) for part, component in _PARTS.items()),
@@ -157,7 +162,12 @@ def is_peft(key: str) -> bool:
 
 def module_name(written: str) -> ModuleName:
     """Finds the dialect by the prefix."""
-    for dialect in PREFIXES:
-        if written.startswith(dialect.prefix):
-            return ModuleName(written, dialect, written[len(dialect.prefix) :])
-    return ModuleName(written, BARE, written)
+    name = written
+    while True:
+        for dialect in PREFIXES:
+            if name.startswith(dialect.prefix):
+                return ModuleName(written, dialect, name[len(dialect.prefix) :])
+        inside = next((name[len(level) :] for level in _WRAPPERS if name.startswith(level)), None)
+        if inside is None:
+            return ModuleName(written, BARE, name)
+        name = inside

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lib_locon.files.adapter import Adapter
-from lib_locon.models.table import WHOLE, TargetTable, plain, underscored
+from lib_locon.models.table import WHOLE, TargetTable, plain, spellings, underscored
 
 CROSS_ATTENTION = {768: "SD1", 1024: "SD2", 2048: "SDXL", 1280: "SDXL refiner"}
 """The width of the text that cross-attention reads, by family."""
@@ -86,11 +86,17 @@ def _commonest(widths: Iterable[int | None]) -> int | None:
 
 def _layers(adapter: Adapter) -> Layers:
     return [
-        (plain(underscored(module.name.body)), layer.family.shape()[1])
+        (_network_name(module.name.body), layer.family.shape()[1])
         for module in adapter.modules
         for layer in module.layers
         if layer.parameter == "weight"
     ]
+
+
+def _network_name(body: str) -> str:
+    """The module's name without the trainers' quirks, from its transformer's blocks on if it is in one."""
+    name = underscored(body)
+    return next((each for each in spellings(name) if each.startswith(tuple(TRANSFORMERS))), plain(name))
 
 
 def _model_layers(table: TargetTable) -> Layers:

@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 from lib_locon.models.table import ROOTS, WHOLE, WRAPPERS
 
-_NUMBERED = {"input_blocks": "IN", "output_blocks": "OUT", "double_blocks": "D", "single_blocks": "S"}
+_NUMBERED = {"input_blocks": "IN", "output_blocks": "OUT", "double_blocks": "D", "single_blocks": "S",
+             "transformer_blocks": "D", "single_transformer_blocks": "S"}  # fmt: skip
+_DIFFUSERS_FLUX = {"x_embedder": "IN", "context_embedder": "IN", "norm_out.linear": "OUT", "proj_out": "OUT"}
+"""Flux' layers outside its blocks, as diffusers calls them; SD3 has an `x_embedder` with something inside."""
 _ENCODER = ("encoder", "embedders", "transformer_resblocks")
 """In the name of a text encoder's module. What has none of these (embeddings, the last norm) is in no block."""
 _OF_LEVEL = re.compile(
@@ -51,7 +54,9 @@ def block_of(component: str, layer: str) -> str:
         return "IN00"
     if first.endswith("_in"):  # Flux: img_in, txt_in, time_in, vector_in, guidance_in
         return "IN"
-    return "OUT" if first == "final_layer" else _of_level(f"{layer}.")
+    if first == "time_text_embed":
+        return "IN"
+    return "OUT" if first == "final_layer" else _DIFFUSERS_FLUX.get(layer) or _of_level(f"{layer}.")
 
 
 def _of_level(layer: str) -> str:

@@ -68,7 +68,10 @@ def open_clip_spellings(name: str) -> Iterator[str]:
 
 
 def fused_projections(bodies: Mapping[str, Views]) -> Iterator[tuple[str, Views]]:
-    """(OpenCLIP's name, views) of each attention whose q, k and v the model holds apart, one below the other."""
+    """(OpenCLIP's name, views) of each attention whose q, k and v the model holds apart, one below the other.
+
+    Its parameters have names of their own there, which whole differences go by.
+    """
     for body in bodies:
         stem, _, leaf = body.rpartition(".")
         parts = [bodies.get(f"{stem}.{name}") for name in ("q_proj", "k_proj", "v_proj")]
@@ -80,13 +83,16 @@ def fused_projections(bodies: Mapping[str, Views]) -> Iterator[tuple[str, Views]
             shared = [parameter for parameter in there[0] if all(parameter in part for part in there)]
             views = {parameter: tuple(view for part in there for view in part[parameter]) for parameter in shared}
             number = bare[len(_LAYERS) :].partition(".")[0]
-            yield f"{_RESBLOCKS}{number}.attn.in_proj", views
+            fused = f"{_RESBLOCKS}{number}.attn.in_proj"
+            yield fused, views
+            yield from ((f"{fused}_{name}", {"weight": views[name]}) for name in ("weight", "bias") if name in views)
 
 
 def open_clip_parts(name: str, views: Views, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Views]]:
     """(Hugging Face's name, views) for what OpenCLIP holds as bare parameters of the module `name`.
 
-    q, k and v are row blocks of `in_proj_weight`; `text_projection` is stored the other way round.
+    q, k and v are row blocks of `in_proj_weight`; `text_projection` is stored the other way round. The latter serves
+    both ways: for Hugging Face's module, OpenCLIP's name is yielded.
     """
     bare = name.removeprefix("model.")
     if "in_proj_weight" in views and bare.startswith(_RESBLOCKS):
@@ -98,6 +104,8 @@ def open_clip_parts(name: str, views: Views, shapes: Mapping[str, tuple[int, ...
                 if f"in_proj_{parameter}" in views and shapes[views[f"in_proj_{parameter}"][0].path]
             }
             yield f"encoder.layers.{number}.self_attn.{projection}", parts
+    if bare.rpartition(".")[2] == "text_projection" and "weight" in views:
+        yield "model.text_projection", {"weight": (views["weight"][0]._replace(transposed=True),)}
     if "positional_embedding" in views:
         yield "embeddings.position_embedding", {"weight": views["positional_embedding"]}
     if "text_projection" in views and len(shapes[views["text_projection"][0].path]) > 1:

@@ -105,22 +105,18 @@ class TargetTable:
             if component != "unet":
                 for alias, views in fused_projections(bodies):
                     table._add(component, [alias, f"model.{alias}"], Target(component, alias, views))
-        # Flux has two text encoders: its T5 is the second one for most trainers and hosts, the third for others
-        if "te3" in table.aliases and "te2" not in table.aliases:
-            table.aliases["te2"] = table.aliases["te3"]
-        elif "te3" not in table.aliases and any(
-            name.startswith("encoder_block_") for name in table.aliases.get("te2", ())
-        ):
-            table.aliases["te3"] = table.aliases["te2"]
+        table._share_text_encoders()
         return table
 
     def candidates(self, body: str, components: Iterable[str]) -> Iterator[Target]:
         """The targets that a file may mean by `body`, looked for in these components in this order."""
-        names = list(_spellings(underscored(body)))
+        names = list(spellings(underscored(body)))
+        found: Target | None = None
         for component in (*components, WHOLE):
             aliases = self.aliases.get(component, {})
             target = next((aliases[name] for name in names if name in aliases), None)
-            if target is not None:
+            if target is not None and target is not found:  # one text encoder may have two numbers
+                found = target
                 yield target
 
     def find(self, body: str, components: Iterable[str]) -> Target | None:
@@ -136,6 +132,18 @@ class TargetTable:
         found = (target for names in self.aliases.values() for target in names.values())
         return list({t.name: t for t in found if all(len(views) == 1 for views in t.views.values())}.values())
 
+    def _share_text_encoders(self) -> None:
+        """Lets a text encoder answer to each number that trainers and hosts give it."""
+        second, third = self.aliases.get("te2"), self.aliases.get("te3")
+        if second and "te1" not in self.aliases and not _is_t5(second):
+            # the only one of SDXL's refiner, and of SD2 where its file is laid out as SDXL's: the first for others
+            self.aliases["te1"] = second
+        # Flux has two text encoders: its T5 is the second one for most trainers and hosts, the third for others
+        if third and not second:
+            self.aliases["te2"] = third
+        elif second and not third and _is_t5(second):
+            self.aliases["te3"] = second
+
     def _add_module(self, component: str, body: str, target: Target) -> None:
         names = [body]
         if component != "unet":
@@ -144,6 +152,10 @@ class TargetTable:
             names += open_clip_spellings(body)
             for part, views in open_clip_parts(body, target.views, self.shapes):
                 self._add(component, text_encoder_names(part), Target(component, f"{target.name} ({part})", views))
+            whole = {name.removeprefix("in_proj_"): view for name, view in target.views.items() if "in_proj_" in name}
+            if whole:
+                fused = [f"{body}.in_proj", f"{body.removeprefix('model.')}.in_proj"]
+                self._add(component, fused, Target(component, target.name, whole))
         self._add(component, names, target)
         for parameter, view in target.views.items():
             if parameter not in ("weight", "bias"):  # a bare parameter has no module to name it by
@@ -152,18 +164,24 @@ class TargetTable:
 
     def _add_unet(self, component: str, bodies: Mapping[str, Views]) -> None:
         for body, alias in diffusers_names(bodies).items():
-            self._add(component, [alias, SECOND_NAMES.get(alias, alias)], self.aliases[component][underscored(body)])
+            self._add(component, [alias], self.aliases[component][underscored(body)])
         for body, alias in ldm_names(bodies).items():
             self._add(component, [alias], self.aliases[component][underscored(body)])
+        for alias, other in SECOND_NAMES.items():
+            target = self.aliases[component].get(underscored(alias))
+            if target is not None:
+                self.aliases[component].setdefault(underscored(other), target)
         bare = {f"{b}.{p}": {"weight": v} for b, views in bodies.items() for p, v in views.items() if p == "scale"}
-        for alias, views, whole in transformer_names({**bodies, **bare}, self.shapes):
+        aliases = self.aliases[component]
+        for names, views, whole in transformer_names({**bodies, **bare}, self.shapes):
             if not views:  # nothing of the module can be cut so
                 continue
-            path = next(iter(views.values()))[0].path
-            name = path.rpartition(".")[0]
-            known = self.aliases[component].get(underscored(alias))
-            if known is None:
-                self._add(component, [alias], Target(component, name if whole else f"{name} ({alias})", views))
+            target = next((aliases[known] for known in map(underscored, names) if known in aliases), None)
+            if target is None:
+                name = next(iter(views.values()))[0].path.rpartition(".")[0]
+                target = Target(component, name if whole else f"{name} ({names[0]})", views)
+            for name in names:
+                aliases.setdefault(underscored(name), target)
 
     def _add(self, component: str, names: Iterable[str], target: Target) -> None:
         table = self.aliases.setdefault(component, {})
@@ -189,16 +207,18 @@ def plain(name: str) -> str:
     return name.replace("text_model_text_model_", "text_model_")
 
 
-def _spellings(name: str) -> Iterator[str]:
-    """The name, then what it is without the quirks of one trainer or another."""
+def spellings(name: str) -> Iterator[str]:
+    """The underscored name, then what it is without the quirks of one trainer or another."""
     yield name
     bare = plain(name)
-    yield bare
-    yield f"{bare}_0"  # `to_out`, for `to_out.0`
-    for root in _WRITTEN_TWICE:
-        if bare.startswith(root):
-            yield bare.removeprefix(root)
-            break
+    while True:
+        yield bare
+        if bare.endswith("_to_out"):
+            yield f"{bare}_0"
+        root = next((root for root in _WRITTEN_TWICE if bare.startswith(root)), "")
+        if not root:
+            return
+        bare = bare.removeprefix(root)
 
 
 def _components(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[str, Views]]]:

@@ -99,12 +99,17 @@ _LINEAR1_QKV = Pair("single_blocks.i.linear1_qkv", tuple(f"{_S}.attn.{name}" for
 """XLabs adapts q, k and v of Flux' `linear1`, and not the rest of it."""
 
 
+_PATCHES = ("img_in", "x_embedder", "img_in.proj")
+"""The layer that reads Flux' latent image, as BFL, diffusers and OneTrainer's own format call it."""
+
+
 def transformer_names(
     targets: Mapping[str, Views], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Views, bool]]:
-    """(further name, views, whether it is the whole of one module) for an SD3 or Flux transformer.
+) -> Iterator[tuple[tuple[str, ...], Views, bool]]:
+    """(further names, views, whether they are the whole of one module) for an SD3 or Flux transformer.
 
-    `targets` are the views by dotted name inside the component.
+    `targets` are the views by dotted name inside the component. OneTrainer's own format keeps q, k and v apart under
+    the fused layer's name, and numbers them: `img_attn.qkv.0`.
     """
     if any(name.startswith(("joint_blocks.", "double_blocks.")) for name in targets):
         yield from _split_names(targets, shapes)
@@ -114,34 +119,38 @@ def transformer_names(
 
 def _split_names(
     targets: Mapping[str, Views], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Views, bool]]:
+) -> Iterator[tuple[tuple[str, ...], Views, bool]]:
     rows = {pair.original: pair for pair in (SD3 if any(n.startswith("joint_") for n in targets) else FLUX)}
     last = max((int(name.split(".")[1]) for name in targets if name.startswith("joint_blocks.")), default=-1)
     for name, views in targets.items():
         template, number = _template(name)
         if name in _SWAPPED:
-            yield _SWAPPED[name], _swapped(views, shapes), False
+            yield (_SWAPPED[name],), _swapped(views, shapes), False
         elif template == _LAST_CONTEXT.original and number == str(last):
-            yield _LAST_CONTEXT.diffusers[0].replace(".i.", f".{number}."), _swapped(views, shapes), False
+            yield (_LAST_CONTEXT.diffusers[0].replace(".i.", f".{number}."),), _swapped(views, shapes), False
         elif template in rows:
             pair = rows[template]
             parts = _parts(views, pair.shares, shapes)
             for i, other in enumerate(pair.diffusers):
                 whole = len(pair.diffusers) == 1
                 one = views if whole else {parameter: (pieces[i],) for parameter, pieces in parts.items()}
-                yield other.replace(".i.", f".{number}."), one, whole
+                names = (other.replace(".i.", f".{number}."),)
+                yield names if whole else (*names, f"{name}.{i}"), one, whole
+            if name == _PATCHES[0]:
+                yield _PATCHES, views, True
             if template == "single_blocks.i.linear1":
                 qkv = {parameter: pieces[:1] for parameter, pieces in _parts(views, (3, 4), shapes).items()}
-                yield _LINEAR1_QKV.original.replace(".i.", f".{number}."), qkv, False
+                yield (_LINEAR1_QKV.original.replace(".i.", f".{number}."),), qkv, False
 
 
 def _fused_names(
     targets: Mapping[str, Views], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, Views, bool]]:
+) -> Iterator[tuple[tuple[str, ...], Views, bool]]:
     numbers = sorted({_template(name)[1] for name in targets} - {""}, key=int)
     flux = any(name.startswith("single_transformer_blocks.") for name in targets)
     for pair in (*FLUX, _LINEAR1_QKV) if flux else SD3:
         for number in numbers if ".i." in pair.original else [""]:
+            original = pair.original.replace(".i.", f".{number}.")
             parts = [targets.get(other.replace(".i.", f".{number}.")) for other in pair.diffusers]
             stacked = [part for part in parts if part is not None]
             if len(stacked) == len(parts):
@@ -149,10 +158,15 @@ def _fused_names(
                 views = {name: tuple(view for part in stacked for view in part[name]) for name in shared}
                 swapped = pair == _LAST_CONTEXT and number == numbers[-1]
                 whole = len(parts) == 1 and not swapped
-                yield pair.original.replace(".i.", f".{number}."), _swapped(views, shapes) if swapped else views, whole
+                yield (original,), _swapped(views, shapes) if swapped else views, whole
+            if pair.original != _LINEAR1_QKV.original and len(parts) > 1:
+                for i, part in enumerate(parts):
+                    yield (pair.diffusers[i].replace(".i.", f".{number}."), f"{original}.{i}"), part or {}, True
+    if flux and _PATCHES[1] in targets:
+        yield _PATCHES, targets[_PATCHES[1]], True
     for original, other in _SWAPPED.items():
         if other in targets:
-            yield original, _swapped(targets[other], shapes), False
+            yield (original,), _swapped(targets[other], shapes), False
 
 
 def _template(name: str) -> tuple[str, str]:
