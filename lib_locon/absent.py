@@ -71,6 +71,6 @@ def _ending(file: str) -> str:
 
 
 def _names(prefix: str, stem: str) -> tuple[str, ...]:
-    """What a tag would call a file if it were an adapter."""
+    """The names that a tag would call a file by if it were an adapter."""
     whole = [stem, *(stem[: -len(end)] for end in (".safetensors", *PICKLED) if stem.lower().endswith(end))]
     return tuple(spelt for each in whole for spelt in (tidy(prefix + each), tidy(each)))

@@ -176,7 +176,7 @@ class _Names:
         return entry.stem if alone else entry.name
 
     def tag(self, entry: Entry, alias: str, digest: str) -> str:
-        """What to write into a tag: the first of these that fits into one and leads to the file, and to no other."""
+        """The name to write into a tag: the first that fits into one and leads to the file, and to no other."""
         name = self.shortest(entry)
         if alias and _fits_into_a_tag(alias) and self._leads_to(entry, alias):
             return alias

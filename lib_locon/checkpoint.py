@@ -62,19 +62,19 @@ class Checkpoint:
         return None
 
     def is_coded(self, path: str) -> bool:
-        """Whether a weight that can hold a sum does not hold its numbers as they are: fp8, or with a scale."""
+        """Tell whether a weight that can hold a sum stores its numbers coded: in fp8, or with a scale."""
         return self.file.entries[path].torch_dtype in FP8 or self.has_scale(path)
 
     def in_8_bits(self, path: str) -> bool:
-        """Whether a sum is rounded to 8 bits there."""
+        """Tell whether a sum is rounded to 8 bits there."""
         return self.file.entries[path].torch_dtype.itemsize == 1
 
     def has_scale(self, path: str) -> bool:
-        """Whether its numbers are to be multiplied by others beside it."""
+        """Tell whether its numbers are to be multiplied by others beside it."""
         return bool(self._scales(path))
 
     def scale(self, path: str) -> Tensor | None:
-        """What the numbers of a weight that can hold a sum are multiplied by. Raises FileError for NaN and infinity."""
+        """The scale of a weight that can hold a sum; None for one without. Raises FileError for NaN and infinity."""
         for key in self._scales(path):
             entry = self.file.entries[key]
             scale = torch.frombuffer(bytearray(self._bytes(entry)), dtype=entry.torch_dtype)

@@ -54,7 +54,7 @@ def _look_into(folder: Folder) -> list[Folder]:
 
 
 def _real(folder: Folder, entry: os.DirEntry[str]) -> str:
-    """What the entry leads to. The system is asked for links only: it looks at each part of a path anew."""
+    """The path that the entry leads to. The system is asked for links only: it looks at each part of a path anew."""
     # on Windows a folder may lead elsewhere without being a link
     if entry.is_symlink() or (os.name == "nt" and _is_there(entry.is_dir)):
         return os.path.realpath(entry.path)

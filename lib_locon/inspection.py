@@ -29,7 +29,7 @@ class BaseMatch:
     """Their size in the checkpoint."""
     unmatched: tuple[Unmatched, ...]
     notes: tuple[str, ...] = ()
-    """What the checkpoint's storage would do to the sums."""
+    """Notes on the rounding of sums in the checkpoint's own storage."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Library:
         return f"there is no adapter {name.strip()!r} in {self._places()}{why}"
 
     def why_absent(self, name: str) -> str:
-        """What is there of that name and is no adapter, as the rest of a sentence; empty where nothing is."""
+        """Name the file or folder of that name that is no adapter, as the rest of a sentence; empty where none is."""
         folders = {folder: prefix for folder, (_, prefix) in self._seen.items()}
         return why_absent(name, folders, [entry.name for entry in self.entries])
 

@@ -39,7 +39,7 @@ _SPELLINGS: tuple[Spelling, ...] = (as_it_is, composed, tidy)
 
 
 def fits_into_a_tag(name: str) -> bool:
-    """Whether a tag can hold the name as it is, and a prompt box and an image's text keep it so."""
+    """Tell whether a tag can hold the name as it is, and a prompt box and an image's text keep it so."""
     return bool(name.strip()) and not _UNFIT.search(name)
 
 
@@ -92,7 +92,7 @@ class Lookup(Generic[T]):
         self._aliases = aliases
 
     def find(self, name: str) -> Sequence[T]:
-        """What the name means: one, several that answer to it equally well, or none."""
+        """The things that the name means: one, several that answer to it equally well, or none."""
         return next(filter(None, self._answers(name)), ())
 
     def files(self, name: str) -> Sequence[T]:
@@ -124,5 +124,5 @@ class Lookup(Generic[T]):
 
 
 def look_alike(names: Sequence[str]) -> bool:
-    """Whether two different ones cannot be told apart by eye."""
+    """Tell whether two different ones cannot be told apart by eye."""
     return len(set(map(tidy, names))) < len(set(names))

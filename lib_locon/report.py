@@ -30,7 +30,7 @@ class AdapterReport:
     made_for: str = ""
     """The family of base models that the file was made for, where nothing of it fits this one."""
     lost: bool = False
-    """Whether rounding took all that it adds: the weights are stored in too few bits for it."""
+    """True where rounding took all that it adds: the weights are stored in too few bits for it."""
 
     @classmethod
     def of(cls, name: str, strengths: Strengths, match: Match) -> AdapterReport:

@@ -240,7 +240,7 @@ class _State:
     """By path, what was lost in the weights that were rounded to 8 bits for the set that the model holds."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     is_copy: bool = False
-    """Whether the model was copied from one that held adapters: they are in what counts as its base."""
+    """True for a copy of a model that held adapters: they are in what counts as its base."""
     rivals: tuple[weakref.ref[_State], ...] = ()
     """Of other models that share weights with this one: a pipeline, and the UNet in it."""
 

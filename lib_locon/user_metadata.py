@@ -140,7 +140,7 @@ def save_user_metadata(path: Path, changes: Mapping[str, str | float], folders: 
 
 
 def _read(file: Path, parse: Callable[[str], Any]) -> Any:
-    """What the JSON says; editors of Windows put a mark before it. Raises FileError and ValueError."""
+    """The value of the JSON; editors of Windows put a mark before it. Raises FileError and ValueError."""
     return parse(read_regular(file, MAX_USER_METADATA).decode("utf-8-sig"))
 
 

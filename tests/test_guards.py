@@ -1,4 +1,4 @@
-"""What is opened, what is written where, and what reaches a terminal: files and texts that strangers made."""
+"""Files and texts that strangers made: opened, written and printed without harm."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ BESIDE = {
 
 
 def around(path: str) -> dict[str, tuple[int, ...]]:
-    """What tells of which kind the model is."""
+    """Weights that tell of which kind the model is."""
     if "img_in" in path:
         return {k: v for k, v in BESIDE.items() if "double_blocks" in k}
     if path.startswith("transformer."):

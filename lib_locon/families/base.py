@@ -137,7 +137,7 @@ class Family:
         return sizes.get("out"), sizes.get("n", 1 if "out" in sizes and len(sizes) == 1 else None)
 
     def inputs(self, kernel: int) -> int | None:
-        """How many inputs it is for, on a layer with so many positions in its kernel; None where nothing tells."""
+        """The number of inputs that it is for, on a layer with `kernel` positions; None where nothing tells."""
         n = self.shape()[1]
         return None if n is None or not kernel or n % kernel else n // kernel
 

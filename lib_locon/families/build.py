@@ -42,11 +42,11 @@ class Hints:
     reshape: tuple[int, ...] = ()
     """The shape that the weight must be enlarged to before its change is added."""
     parts: int = 1
-    """How many pairs the factors are, put together as one; `alpha` is that of each, with its part of the rank."""
+    """The number of pairs that were put together as one; `alpha` is that of each, with its part of the rank."""
     root_of_rank: bool = False
-    """Whether the scale is alpha / √rank (rank-stabilised) and not alpha / rank."""
+    """True where the scale is alpha / √rank (rank-stabilised), not alpha / rank."""
     note: str = ""
-    """What the user should know of where the scale is from."""
+    """A sentence for the report about where the scale is from."""
 
 
 def build_layers(tensors: Mapping[str, Tensor], hints: Hints) -> tuple[list[Layer], list[Unread]]:

@@ -20,7 +20,7 @@ from lib_locon.families.base import Family, factor
 
 @dataclass(frozen=True, eq=False)
 class StartedLoRA(Family):
-    """What PiSSA and OLoRA share. Like PEFT, for linear layers alone."""
+    """Common base of PiSSA and OLoRA. Like PEFT, for linear layers alone."""
 
     needs_base = True
     up: Tensor = factor("lora_up.weight", "out r")

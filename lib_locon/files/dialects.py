@@ -59,7 +59,7 @@ class Dialect:
 
 
 ONETRAINER = {"oft_R.weight": "onetrainer.oft_R.weight"}
-"""What suffixes mean in its files; without another mark, underscored names are one, which PEFT never writes."""
+"""The meaning of suffixes in its files; without another mark, underscored names are one: PEFT writes none."""
 _PARTS = {"unet.": "unet", "transformer.": "unet", "text_encoder.": "te1", "text_encoder_2.": "te2",
           "text_encoder_3.": "te3"}  # fmt: skip
 

@@ -22,7 +22,7 @@ from lib_locon.files.regular import open_regular
 
 AT_MOST = 1 << 30  # bytes: macOS refuses to read 2 GiB and more at once
 AT_ONCE = hasattr(os, "preadv")
-"""Whether several threads can read from one handle, each at a place of its own: not on Windows."""
+"""True where several threads can read from one handle, each at a place of its own: not on Windows."""
 
 
 class HandleIdentity(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a file is that holds no adapter: from its first bytes, or from the names of its tensors. Reads no file.
+"""The kind of a file that holds no adapter, from its first bytes or from the names of its tensors. Reads no file.
 
 Asked only where nothing usable was found: a file with an adapter in it may hold any other names too.
 """
@@ -49,7 +49,7 @@ _WORDS = (
 
 
 def of_start(start: bytes) -> str:
-    """What a file is by its first bytes, as the rest of a sentence about it; empty where they tell nothing.
+    """The kind of a file by its first bytes, as the rest of a sentence about it; empty where they tell nothing.
 
     `start` are 64 of them, or all that there are.
     """
@@ -174,7 +174,7 @@ KINDS: tuple[Kind, ...] = (
 
 
 def of_names(names: Iterable[str]) -> str:
-    """What a file with these tensors is, as the rest of a sentence; empty where the names tell nothing."""
+    """The kind of a file with these tensors, as the rest of a sentence; empty where the names tell nothing."""
     # names are anybody's, and there may be a million of them, or one of a million letters
     some = [name[:_MOST_LETTERS] for name in islice(names, _MOST_NAMES)]
     for sentence, patterns in KINDS:

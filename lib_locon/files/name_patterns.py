@@ -55,7 +55,7 @@ class Pattern:
         self._following: dict[tuple[frozenset[int], str, bool], frozenset[int]] = {}
 
     def fits(self, name: str, *, whole: bool = False) -> bool:
-        """Whether it fits the name, or (PEFT's rule, unless it must be `whole`) what follows one of its dots."""
+        """Match the whole name, or (PEFT's rule, unless it must be `whole`) what follows one of its dots."""
         self.work += len(name)
         states = self._first
         for char in name:

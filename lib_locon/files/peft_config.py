@@ -1,4 +1,4 @@
-"""What PEFT's configuration says of an adapter and its tensors do not: scale, start, and a convention or two.
+"""PEFT's configuration of an adapter, for what its tensors do not say: scale, start, and a convention or two.
 
 It stands in the metadata (`lora_adapter_metadata`, by recent diffusers; keys begin with the component), or beside the
 file as `adapter_config.json`. A broken one is no reason to refuse the file: it becomes a sentence in the report. What
@@ -26,7 +26,7 @@ from lib_locon.files.untrusted_json import parse
 METADATA_KEY = "lora_adapter_metadata"
 MAX_BYTES = 1 << 20
 OWN_NAMES = ("adapter_model", "pytorch_lora_weights")
-"""What PEFT and diffusers call the file that a configuration is for."""
+"""The names that PEFT and diffusers give the file that a configuration is for."""
 ADAPTER_ENDINGS = (".safetensors", ".bin", ".pt", ".ckpt")
 _PREFIX = "base_model.model."
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
@@ -47,7 +47,7 @@ _STARTS = {
     "loftq": "LoftQ trained beside a quantised base that is not in the file",
     "pissa_niter": "PiSSA by an approximate SVD (pissa_niter) starts at random, so its start cannot be made again",
 }
-"""How `init_lora_weights` begins → why the trained weight cannot be computed. Of the others peft 0.21 knows, pissa and
+"""Start of `init_lora_weights` → why the trained weight cannot be computed. Of the others peft 0.21 knows, pissa and
 olora are computed (`families.started`); the plain ones leave W alone."""
 _REFUSED = {
     "use_qalora": "QALoRA (inputs in groups)",
@@ -110,7 +110,7 @@ class PeftConfig:
         return {suffix: tensor(value) for suffix, value in markers.items()}
 
     def replaces(self, written: str) -> bool:
-        """Whether plain weights and biases in the file stand in the place of the model's own."""
+        """Tell whether plain weights and biases in the file stand in the place of the model's own."""
         settings, _ = self._of(written)
         return bool(settings.table.get("modules_to_save")) or settings.table.get("bias") in ("all", "lora_only")
 
@@ -156,13 +156,13 @@ class _Settings:
         return _number(self.by_pattern("rank_pattern", module)) or _number(self.table.get("r"))
 
     def is_for(self, module: str) -> bool:
-        """Whether the module is among the targets; true where they are not listed, or by a pattern beyond ours."""
+        """Tell whether the module is a target; true where these are not listed, or by a pattern beyond ours."""
         if isinstance(self._targets, Pattern):
             return self._targets.work > MOST_PATTERN_WORK or self._targets.fits(module[:LONGEST_NAME], whole=True)
         return self._targets is None or any(end in self._targets for end in _ends(module))
 
     def has_rank(self, module: str, rank: int | None) -> bool:
-        """Whether a file of this configuration can have this rank in the module; None is one that does not show."""
+        """Tell whether a file of this configuration can have this rank there; None is one that does not show."""
         stated = self.rank(module)
         # a start that is made from W has no more ranks than W
         return rank is None or stated is None or rank == stated or (self.start in _COMPUTED_STARTS and rank < stated)
@@ -233,7 +233,7 @@ class _Endings:
         self._names = tuple(map(str, names)) if isinstance(names, list) else ()
 
     def fits(self, module: str) -> bool:
-        """Whether the module is one of them."""
+        """Tell whether the module is one of them."""
         if self._pattern is not None:
             return self._pattern.fits(module[:LONGEST_NAME], whole=True)
         return module.endswith(self._names)
@@ -342,7 +342,7 @@ def _other_rank(config: PeftConfig, ranks: Mapping[str, int | None]) -> str:
 
 @lru_cache(maxsize=1000)
 def _adapters_in(folder: str, changed: int) -> int:
-    """How many files in a folder may be adapters; listed once, as long as the folder stays as it is."""
+    """The number of files in a folder that may be adapters; listed once, as long as the folder stays as it is."""
     del changed
     return sum(name.lower().endswith(ADAPTER_ENDINGS) for name in os.listdir(folder))  # noqa: PTH208  names alone
 

@@ -77,7 +77,7 @@ class _Storage:
 
 
 def read_table(program: bytes) -> object:
-    """What the program builds, of plain Python values and StoredTensors. Raises ValueError."""
+    """Build the program's result, of plain Python values and StoredTensors. Raises ValueError."""
     machine = _Machine()
     try:
         for opcode, argument, _ in pickletools.genops(program):
@@ -176,7 +176,7 @@ def _call(machine: _Machine, _: None) -> None:
 
 
 def _tensor(name: str, storage: _Storage, offset: int, shape: Any, strides: Any, *more: Any) -> StoredTensor:
-    """What follows are gradients' matters, the dtype where the storage has none, and marks for conjugates."""
+    """Describe a tensor. `more` is about gradients, the dtype where the storage has none, and conjugates."""
     more = more[2:]
     dtype, length = storage.dtype, storage.length
     if name == _TENSOR_OF_BYTES:

@@ -75,7 +75,7 @@ class CheckpointSource:
         self._sampled_ctime_ns = self._ctime_ns
         """The last one under which the samples were right; `_ctime_ns` is the last one under which all numbers were."""
         self._is_other = False
-        """Whether the content was found to be another at the last look, whatever the file's times say."""
+        """True where the content was found to be another at the last look, whatever the file's times say."""
         self._refused: State | None = None
         """The state in which the file did not give what the weights hold."""
 
@@ -156,7 +156,7 @@ class CheckpointSource:
             raise FileError(f"{self.path} has changed since it was loaded")
 
     def _is_as_loaded(self, file: FileIO) -> bool:
-        """Whether the open file is the one that was loaded, as it was; renamed or deleted meanwhile, it still is."""
+        """Tell whether the open file is the loaded one, as it was; renamed or deleted meanwhile, it still is."""
         identity, ctime_ns = State.of(file)
         if self._is_other or identity != self._identity or (identity, ctime_ns) == self._refused:
             return False

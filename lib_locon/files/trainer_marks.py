@@ -121,7 +121,7 @@ def fused_shares(written: str) -> tuple[int, ...]:
 
 
 def is_block_diagonal(up: Tensor, shares: tuple[int, ...]) -> bool:
-    """Whether each part of the rows of `up` (out, r) has its own part of the ranks, and exact zeros elsewhere.
+    """Tell whether each part of the rows of `up` (out, r) has its own part of the ranks, and exact zeros elsewhere.
 
     By the first and the last row of each part: what was trained as one has numbers everywhere.
     """

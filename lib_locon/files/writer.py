@@ -96,7 +96,7 @@ def _is_same(file: BinaryIO, part: Path) -> bool:
 
 
 def _begins_with(file: BinaryIO, mark: bytes) -> bool:
-    """Whether the mark stands in the header of a partial file; an empty one is no loss to anybody.
+    """Look for the mark in the header of a partial file; an empty one passes, for it is no loss to anybody.
 
     It is read through the handle that has the lock: on Windows no other one may read what is locked.
     """

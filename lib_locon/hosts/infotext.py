@@ -123,7 +123,7 @@ class Paste:
         return "".join((*done, text[at:]))
 
     def _name(self, name: str, wanted: Mapping[str, str]) -> str:
-        """What a tag that has this name is to have here."""
+        """The name that a tag which has this one is to have here."""
         digest = wanted.get(_unmarked(name))
         if digest is None:
             return name

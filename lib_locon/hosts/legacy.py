@@ -182,7 +182,7 @@ class LoadedNetworks:
         return tuple((id(n), *(_key(said(n, name)) for name in (TE, UNET, DYN))) for n in loaded)
 
     def problems(self) -> list[str]:
-        """What is wrong with the code that others put behind the objects, each once."""
+        """Sentences about faults in the code that others put behind the objects, each once."""
         return list(dict.fromkeys(problem for shown in self.shown for problem in shown.problems.values()))
 
     def clear(self) -> None:

@@ -49,7 +49,7 @@ COMPANIONS = frozenset(
     {"scale_weight", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "scale_input", "scaled_fp8",
      "pre_quant_scale", "comfy_quant"}
 )  # fmt: skip
-"""What lies beside a weight of few bits and belongs to it: nothing that adapters name."""
+"""Parameters beside a weight of few bits that belong to it: nothing that adapters name."""
 _REFINER = "conditioner.embedders.0.model."
 """SDXL's refiner has the second text encoder only, in the first place."""
 WHOLE = "model"

@@ -187,7 +187,7 @@ def _parts(views: Views, shares: tuple[int, ...], shapes: Mapping[str, tuple[int
 
 
 def _has_rows(views: tuple[View, ...] | None, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether the parameter is there and has axes: a scale beside a weight may have none."""
+    """Tell whether the parameter is there and has axes: a scale beside a weight may have none."""
     return views is not None and all(shapes[view.path] for view in views)
 
 

@@ -63,7 +63,7 @@ def stretched(scale: tuple[int, ...], weight: tuple[int, ...]) -> tuple[int, ...
 
 
 def decoded(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """What `stored` stands for, in fp32. `scale` has a shape of `stretched`."""
+    """The numbers that `stored` stands for, in fp32. `scale` has a shape of `stretched`."""
     return stored.float() if scale is None else stored.float() * scale.to(stored.device, torch.float32)
 
 
@@ -82,15 +82,17 @@ def encoded(value: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """What rounding took of the change of one weight. Its numbers stay on the weight's device until they are asked for,
-    so that nothing waits for a GPU before."""
+    """The loss by rounding in the change of one weight.
+
+    Its numbers stay on the weight's device until they are asked for, so that nothing waits for a GPU before.
+    """
 
     change: Tensor
     """The size (norm) of the change that was to be made."""
     error: Tensor
     """The size of the difference between that change and the one that was made."""
     moved: Tensor
-    """Whether any stored number is another one than before."""
+    """True where any stored number is another one than before."""
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor, base: Tensor, total: Tensor, scale: Tensor | None) -> Cost:

@@ -88,7 +88,7 @@ class Engine:
             )
 
     def is_copied_in(self, other: Engine) -> bool:
-        """Whether another model's weights hold what this one wrote into its own: it is a copy, patches and all."""
+        """Tell whether another model's weights hold what this one wrote into its own: it is a copy, patches and all."""
         with self._own():
             mine = self._weights.found(list(self._held)[:COMPARED])
             theirs = other._weights.found(mine)

@@ -58,7 +58,7 @@ class Term:
 
 
 class Hook:
-    """What stands on one module. Without terms it does nothing, also where it could not be removed.
+    """The forward hook on one module. Without terms it does nothing, also where it could not be removed.
 
     Nothing runs beside a copy of the model (`copy.deepcopy`, a pickle): no Session of it could stop that.
     """

@@ -139,7 +139,7 @@ class Problem:
     position: int = 0
 
     def __str__(self) -> str:
-        """What is in it of names and texts out of files is escaped: the ends of lines are those of this form alone."""
+        """Message, tag and a mark. Texts out of files are escaped: the ends of lines are those of this form alone."""
         message = printable(self.message)
         if not self.tag:
             return message

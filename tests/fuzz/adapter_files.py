@@ -286,7 +286,7 @@ def check(path: Path) -> str:
 
 
 def _check_lists(path: Path) -> None:
-    """What lists and pages show of the file can be sent."""
+    """Check that whatever lists and pages show of the file can be sent."""
     metadata = FileMetadata(FileIdentity.of(path))
     for told in (asdict(read_facts(path)), builtin_list(Library([path.parent])), dict(metadata)):
         json.dumps(told, ensure_ascii=False).encode()

@@ -18,7 +18,7 @@ from tests.fuzz.limits import limited
 from tests.fuzz.values import NAMES
 
 HOST_PATTERN = re.compile(r"<(\w+):([^>]+)>")
-"""How the webui finds tags (`modules/extra_networks.py`)."""
+"""The webui's own pattern for tags (`modules/extra_networks.py`)."""
 LONGEST = 100_000
 PIECES = (
     "<lora:", "<lyco:", "<hypernet:", "<", ">", ":", "=", ",", ";", "@", "~", "-", ".", "0.8", "1", "1e9", "nan", "inf",
