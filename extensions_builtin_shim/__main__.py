@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NoReturn
 from extensions_builtin_shim.app import App
 from extensions_builtin_shim.launch import ADAPTERS, launch
 from extensions_builtin_shim.limits import BadRequest, checked_prompt, checked_seed, checked_steps
-from lib_locon.errors import printable
+from lib_locon.terminal import escape_unencodable, printable
 
 EPILOG = """
 Several --prompt are run one after the other in one process; --out a.png then writes a-1.png, a-2.png, …
@@ -53,9 +52,7 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 for bad arguments, 1 for a file that cannot be written or a port that is taken."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may know no letters but English ones
+    escape_unencodable()
     options = parser()
     args = options.parse_args(argv)
     problem = _problem(args)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from extensions_builtin_shim.webui import Run, Webui
-from lib_locon.errors import printable
+from lib_locon.terminal import printable
 
 
 @dataclass(frozen=True)

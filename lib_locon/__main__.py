@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import signal
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lib_locon.bake import bake, no_steps
-from lib_locon.errors import LoconError, printable
+from lib_locon.errors import LoconError
 from lib_locon.files.reader import SafetensorsFile
 from lib_locon.inspection import Inspection, inspect
 from lib_locon.library import Library
@@ -25,6 +24,7 @@ from lib_locon.prompt.request import Problem
 from lib_locon.report import summary
 from lib_locon.resolve import AdapterCache, resolve
 from lib_locon.session import Use
+from lib_locon.terminal import escape_unencodable, printable
 
 BAD_INPUT = 2
 ENDING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
@@ -41,9 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 on success, 2 with a sentence on stderr on bad input."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may know no letters but English ones
+    escape_unencodable()
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -129,7 +127,7 @@ def _inspection_text(found: Inspection) -> str:
         if found.match.unmatched:
             rows["not used"] = summary(found.match.unmatched)
     lines = [f"  {label:<13} {printable(value)}" for label, value in rows.items()]
-    lines += [f"    {printable(str(item))}" for item in (found.match.unmatched if found.match else found.unread)]
+    lines += [f"    {item}" for item in (found.match.unmatched if found.match else found.unread)]
     return "\n".join([printable(found.name), *lines])
 
 
@@ -146,7 +144,7 @@ def _bake(options: argparse.Namespace) -> int:
     parsed = parse_prompt(options.prompt)
     uses, problems = _uses(options.lora_dir, parsed, options.allow_pickle)
     for problem in (*parsed.warnings, *problems):
-        print(printable(str(problem), lines=True), file=sys.stderr)
+        print(problem, file=sys.stderr)
     if problems and not options.skip_bad:
         return _fail("nothing was written: a tag above cannot be used (--skip-bad goes on without it)")
     with _signals_interrupt(), ProgressBar(sys.stderr, printable(f"baking {options.output.name}")) as bar:
@@ -170,8 +168,8 @@ def _bake(options: argparse.Namespace) -> int:
         }
         print(json.dumps(result))
     else:
-        lines = [*baked.adapters, f"{baked.output}: {baked.changed} of {baked.total} tensors changed"]
-        print(*(printable(str(line)) for line in lines), sep="\n")
+        output = printable(str(baked.output))
+        print(*baked.adapters, f"{output}: {baked.changed} of {baked.total} tensors changed", sep="\n")
     return 0
 
 

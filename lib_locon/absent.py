@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
+from lib_locon.files.kinds import ARCHIVE
 from lib_locon.files.pickled import ENDINGS as PICKLED
 from lib_locon.files.pickled import OFF
 from lib_locon.naming import tidy
 
 _UNFINISHED = "is a download that has not finished: wait for its end, or begin it anew"
-_ARCHIVE = "is an archive: unpack it, and put the .safetensors file in it here"
 _FOR_OTHERS = "is for another program than this one: get the adapter as .safetensors"
 _WITHOUT_WEIGHTS = "is there, but the weights that it is about are not: get the .safetensors file too"
 _REASONS: Mapping[str, str] = {
@@ -23,7 +23,7 @@ _REASONS: Mapping[str, str] = {
     ),
     ".gguf": "is there, but GGUF files are not read here: get the adapter as .safetensors",
     **dict.fromkeys((".onnx", ".trt", ".engine", ".lora", ".msgpack", ".h5"), f"is there, but it {_FOR_OTHERS}"),
-    **dict.fromkeys((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz"), f"is there, but it {_ARCHIVE}"),
+    **dict.fromkeys((".zip", ".rar", ".7z", ".tar", ".gz", ".tgz"), f"is there, but it {ARCHIVE}"),
     ".safetensors.txt": "is there: take the .txt off the end of its name",
     ".safetensor": "is there: its ending must be .safetensors",
     **dict.fromkeys(

@@ -17,7 +17,7 @@ from lib_locon.files.handles import fill, read_exactly
 from lib_locon.files.hashes import hashes_of
 from lib_locon.files.reader import Entry, SafetensorsFile
 from lib_locon.files.writer import CHUNK, write_safetensors
-from lib_locon.matching import Match, Matched, match, rounds
+from lib_locon.matching import Match, Matched
 from lib_locon.models.targets import View
 from lib_locon.patching.compute import patched
 from lib_locon.patching.eight_bits import Cost, decoded, encoded, share_lost
@@ -67,7 +67,8 @@ def bake(
         if use.strengths.schedule:
             raise FileError(f"nothing was written: {no_steps(use.name or use.adapter.name, use.strengths)}")
     weights = Checkpoint(checkpoint)
-    matches = [_noted(match(use.adapter, weights.table, weights.cannot_hold, may_grow=True), weights) for use in uses]
+    found = [weights.match(use.adapter) for use in uses]
+    matches = [replace(each, notes=(*each.notes, *weights.rounding(each))) for each in found]
     reports = [use.report(found) for use, found in zip(uses, matches, strict=True)]
     useless = [report for report in reports if not report.used]
     if useless and not skip_bad:
@@ -101,11 +102,6 @@ def bake(
 def no_steps(name: str, strengths: Strengths) -> str:
     """Why strengths that depend on the step cannot be baked, as a sentence."""
     return f"a checkpoint has no steps, and {name} is to be used at {strengths}: give it strengths that stay the same"
-
-
-def _noted(found: Match, weights: Checkpoint) -> Match:
-    count = sum(map(weights.in_8_bits, {item.view.path for item in found.matched}))
-    return replace(found, notes=(*found.notes, rounds(count))) if count else found
 
 
 def _refuse_loss(use: Use, found: Match, plan: Plan, costs: Mapping[str, Cost], weights: Checkpoint) -> None:

@@ -13,8 +13,7 @@ from lib_locon.facts import Facts, FactsIndex
 from lib_locon.files.reader import FileIdentity
 from lib_locon.files.regular import inside
 from lib_locon.library import ENOUGH_DIGITS, Entry, Library
-from lib_locon.naming import Lookup, Table, in_a_tag, quoted
-from lib_locon.naming import fits_into_a_tag as _fits_into_a_tag
+from lib_locon.naming import Lookup, Table, fits_into_a_tag, in_a_tag, quoted
 from lib_locon.user_metadata import KNOWN_BASES, UserMetadata, read_user_metadata
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "gif")
@@ -178,10 +177,10 @@ class _Names:
     def tag(self, entry: Entry, alias: str, digest: str) -> str:
         """The name to write into a tag: the first that fits into one and leads to the file, and to no other."""
         name = self.shortest(entry)
-        if alias and _fits_into_a_tag(alias) and self._leads_to(entry, alias):
+        if alias and fits_into_a_tag(alias) and self._leads_to(entry, alias):
             return alias
         # its shortest name is its alone, but where folders side by side hold files of one path
-        if _fits_into_a_tag(name) and (name != entry.name or self._paths[name] == 1):
+        if fits_into_a_tag(name) and (name != entry.name or self._paths[name] == 1):
             return name
         for choice in (in_a_tag(name), in_a_tag(entry.name), quoted(entry.name)):
             if self._leads_to(entry, choice):

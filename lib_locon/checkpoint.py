@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property
 from math import prod
 
@@ -12,17 +11,27 @@ from torch import Tensor
 
 from lib_locon.errors import FileError
 from lib_locon.families.layer import Layer
+from lib_locon.files.adapter import Adapter
 from lib_locon.files.handles import read_exactly
 from lib_locon.files.reader import Entry, SafetensorsFile
-from lib_locon.files.untrusted_json import parse
+from lib_locon.matching import Match, match, rounds
 from lib_locon.models.table import TargetTable
 from lib_locon.models.targets import View
-from lib_locon.patching.eight_bits import FORM, FP8, PLAIN, stretched, unknown_companion, unknown_form
+from lib_locon.patching.eight_bits import (
+    FORM,
+    FP8,
+    MOST_FORM_BYTES,
+    PLAIN,
+    form_in,
+    scale_names,
+    stretched,
+    unknown_companion,
+    unknown_form,
+)
+from lib_locon.untrusted_json import parse
 
 _FORMS = "_quantization_metadata"
 """In the file's metadata: the forms of its layers, by name."""
-_LONGEST_FORM = 1 << 16
-"""Bytes of a form; real ones have some dozens."""
 
 
 class Checkpoint:
@@ -35,6 +44,14 @@ class Checkpoint:
     def table(self) -> TargetTable:
         """The names that it offers to adapters."""
         return TargetTable.of_shapes({key: entry.shape for key, entry in self.file.entries.items()})
+
+    def match(self, adapter: Adapter) -> Match:
+        """Match an adapter with the weights of the file, which `bake` may enlarge."""
+        return match(adapter, self.table, self.cannot_hold, may_grow=True)
+
+    def rounding(self, found: Match) -> tuple[str, ...]:
+        """The note that some of the matched weights are summed in 8 bits; none where that is true of none."""
+        return rounds(sum(map(self.in_8_bits, {item.view.path for item in found.matched})))
 
     def cannot_hold(self, view: View, layer: Layer) -> str | None:
         """Why a tensor cannot hold a sum with `layer`, as half a sentence; None where it can."""
@@ -85,8 +102,8 @@ class Checkpoint:
 
     def _scales(self, path: str) -> list[str]:
         module, _, name = path.rpartition(".")
-        names = (f"scale_{name}", f"{name}_scale", f"{name}_scale_inv")
-        return [key for key in (f"{module}.{name}" if module else name for name in names) if key in self.file.entries]
+        keys = (f"{module}.{scale}" if module else scale for scale in scale_names(name))
+        return [key for key in keys if key in self.file.entries]
 
     def _beside(self, path: str) -> list[str]:
         module, _, name = path.rpartition(".")
@@ -117,12 +134,9 @@ class Checkpoint:
         entry = self.file.entries.get(f"{module}.{FORM}")
         if form is None and entry is None:
             return None
-        if form is None and entry is not None and entry.end - entry.start <= _LONGEST_FORM:
-            with suppress(ValueError):
-                form = parse(self._bytes(entry).decode())
-        if isinstance(form, str):
-            form = {"format": form}
-        return unknown_form(form) if isinstance(form, dict) else "something that it does not tell"
+        if form is None and entry is not None and entry.end - entry.start <= MOST_FORM_BYTES:
+            form = form_in(self._bytes(entry))
+        return unknown_form(form)
 
     @cached_property
     def _forms(self) -> Mapping[str, object]:

@@ -46,19 +46,6 @@ class PatchError(LoconError):
     """A change of weights that failed half way. The weights are back at their base values."""
 
 
-def printable(text: str, *, lines: bool = False) -> str:
-    """The text with every character escaped that a terminal would obey or could not show.
-
-    That is what Python calls unprintable: control characters, marks that turn the direction of writing, halves of
-    characters. With `lines` the ends of lines stay. For whatever is printed or logged of the names, keys and texts in
-    somebody's files; JSON and HTML have escapes of their own.
-    """
-    return "".join(
-        char if char.isprintable() or (lines and char == "\n") else char.encode("unicode_escape").decode()
-        for char in text
-    )
-
-
 def near(name: str, known: Iterable[str]) -> str:
     """The names that `name` may have been meant for, whatever their case, in brackets; empty where there are none."""
     names = {each.lower(): each for each in known}

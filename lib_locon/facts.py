@@ -14,8 +14,8 @@ from lib_locon.files.adapter import read_adapter
 from lib_locon.files.background import Background
 from lib_locon.files.pickled import open_adapter
 from lib_locon.files.reader import FileIdentity
-from lib_locon.files.untrusted_json import parse_readable
 from lib_locon.models.base_family import base_family
+from lib_locon.untrusted_json import parse_readable
 
 MOST_TRIGGERS = 24
 MOST_LETTERS = 1000

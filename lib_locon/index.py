@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from lib_locon.facts import Facts
 from lib_locon.files.reader import FileIdentity
-from lib_locon.files.untrusted_json import parse_readable
+from lib_locon.untrusted_json import parse_readable
 
 log = logging.getLogger("lib_locon")
 T = TypeVar("T")

@@ -12,7 +12,6 @@ from typing import Any
 from lib_locon.checkpoint import Checkpoint
 from lib_locon.files.adapter import Adapter, Module, Unmatched, read_adapter
 from lib_locon.files.reader import SafetensorsFile
-from lib_locon.matching import match, rounds
 from lib_locon.models.base_family import base_family
 
 
@@ -81,12 +80,11 @@ def inspect(path: Path, checkpoint: SafetensorsFile | None = None, *, allow_pick
 def base_match(adapter: Adapter, checkpoint: SafetensorsFile) -> BaseMatch:
     """What `adapter` would change in `checkpoint`, from both headers."""
     weights = Checkpoint(checkpoint)
-    found = match(adapter, weights.table, weights.cannot_hold, may_grow=True)
+    found = weights.match(adapter)
     paths = {item.view.path for item in found.matched}
     entries = [checkpoint.entries[path] for path in paths]
     size = sum(prod(entry.shape) * entry.torch_dtype.itemsize for entry in entries)
-    count = sum(map(weights.in_8_bits, paths))
-    notes = (rounds(count),) if count else ()
+    notes = weights.rounding(found)
     return BaseMatch(str(checkpoint.path), found.used, found.total, len(paths), size, found.unmatched, notes)
 
 

@@ -126,9 +126,9 @@ class Library:
             for folder in walk(top):
                 self._seen[folder.path] = _changed(folder.path), folder.prefix
                 for file, real in folder.files:
-                    stem, ending = _parted(file)
-                    if ending.lower() in endings:
-                        found.setdefault(real, Entry(folder.prefix + stem, Path(folder.path, file)))
+                    # a Path costs more than a look at the text; a name that is nothing but an ending has none
+                    if file.lower().endswith(endings) and (path := Path(folder.path, file)).suffix:
+                        found.setdefault(real, Entry(folder.prefix + path.stem, path))
         kept = _without_less_safe(found.values()) if self.allow_pickle else found.values()
         self._entries = sorted(kept, key=lambda entry: (entry.name.lower(), entry.name))
 
@@ -199,12 +199,6 @@ def only(found: Sequence[Entry], name: str) -> Entry:
     if len(found) > 1:
         raise UnknownName(ambiguous(name, [entry.name for entry in found]))
     return found[0]
-
-
-def _parted(file: str) -> tuple[str, str]:
-    """A file's name and its ending, as pathlib parts them: one that begins with its only dot has no ending."""
-    dot = file.rfind(".")
-    return (file[:dot], file[dot:]) if 0 < dot < len(file) - 1 else (file, "")
 
 
 def _without_less_safe(entries: Collection[Entry]) -> list[Entry]:

@@ -72,14 +72,14 @@ def match_model(adapter: Adapter, table: TargetTable, side: SidePath) -> Match:
     found = match(adapter, table, judge)
     # here, for it is asked once for an adapter and not at each change of a set
     count = len(judge.rounded.intersection(item.view.path for item in found.matched))
-    return replace(found, notes=(*found.notes, rounds(count))) if count else found
+    return replace(found, notes=(*found.notes, *rounds(count)))
 
 
-def rounds(count: int) -> str:
-    """The note that so many weights are summed in 8 bits."""
+def rounds(count: int) -> tuple[str, ...]:
+    """The note that so many weights are summed in 8 bits; none for none."""
     if count == 1:
-        return "1 weight is stored in 8 bits: its sum is rounded to 8 bits again"
-    return f"{count} weights are stored in 8 bits: their sums are rounded to 8 bits again"
+        return ("1 weight is stored in 8 bits: its sum is rounded to 8 bits again",)
+    return (f"{count} weights are stored in 8 bits: their sums are rounded to 8 bits again",) if count else ()
 
 
 def match(

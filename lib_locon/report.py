@@ -7,11 +7,11 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lib_locon.errors import printable
 from lib_locon.files.adapter import Unmatched
 from lib_locon.matching import WRONG_SHAPE, Match
 from lib_locon.patching.eight_bits import Cost, share_lost
 from lib_locon.prompt.request import Problem, Strengths
+from lib_locon.terminal import printable
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from lib_locon.errors import FileError
 from lib_locon.files.regular import inside, read_regular
-from lib_locon.files.untrusted_json import parse, parse_readable
+from lib_locon.untrusted_json import parse, parse_readable
 
 MAX_USER_METADATA = 1_000_000
 """Bytes of a `<file>.json`; a larger one is no user's notes."""
@@ -127,10 +127,10 @@ def save_user_metadata(path: Path, changes: Mapping[str, str | float], folders: 
         content = {**_kept(file), **changes}
         try:
             json.dumps(changes, ensure_ascii=False).encode("utf8")  # raises for half letters
-            text = json.dumps(content, indent=4, ensure_ascii=False)
-            if not _is_whole(text):
-                text = json.dumps(content, indent=4)  # another program wrote halves: they stay as it wrote them
-            new = text.encode("utf8")
+            try:
+                new = json.dumps(content, indent=4, ensure_ascii=False).encode("utf8")
+            except UnicodeEncodeError:  # another program wrote halves: they stay as it wrote them
+                new = json.dumps(content, indent=4).encode("utf8")
             if len(new) > MAX_USER_METADATA:
                 size = f"{len(new)} bytes, and {MAX_USER_METADATA} are the most"
                 raise ValueError(f"it would have {size}; shorten the notes")
@@ -164,14 +164,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"it has {twice[:40]!r} more than once")
     return found
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        text.encode("utf8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _replace(file: Path, content: bytes) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lib_locon"
 RINGS = {
-    "errors": 0, "naming": 0, "folders": 0, "arithmetic": 0, "products": 0, "uploads": 0, "families": 0, "prompt": 0,
-    "settings": 0,
+    "errors": 0, "naming": 0, "folders": 0, "terminal": 0, "untrusted_json": 0, "arithmetic": 0, "products": 0,
+    "uploads": 0, "families": 0, "prompt": 0, "settings": 0,
     "files": 1, "models": 1, "patching": 1, "library": 1, "absent": 1, "layers": 1,
     "matching": 2, "report": 2, "resolve": 2, "session": 2, "checkpoint": 2, "inspection": 2, "bake": 2,
     "facts": 2, "cards": 2, "user_metadata": 2, "names": 2, "fitting": 2, "index": 2, "dryrun": 2,

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from lib_locon.__main__ import _signals_interrupt
 from lib_locon.cards import Cards, check_place
-from lib_locon.errors import FileError, printable
+from lib_locon.errors import FileError
 from lib_locon.files.pristine import CheckpointSource
 from lib_locon.files.reader import Entry, SafetensorsFile
 from lib_locon.files.writer import write_safetensors
@@ -29,6 +29,7 @@ from lib_locon.hosts import _escape
 from lib_locon.library import Library
 from lib_locon.prompt.request import Problem, Strengths
 from lib_locon.report import AdapterReport
+from lib_locon.terminal import printable
 from lib_locon.user_metadata import MAX_USER_METADATA, read_user_metadata, save_user_metadata
 
 EVIL = "style\x1b]0;title\x07\u202egnp.\r\nfake line\ud800"

@@ -24,9 +24,9 @@ from extensions_builtin_shim.tiny_sd import TinySD
 from lib_locon.cards import Cards
 from lib_locon.facts import MOST_LETTERS, Facts, FactsIndex, FileMetadata, read_facts, training_words
 from lib_locon.files.reader import FileIdentity
-from lib_locon.files.untrusted_json import MOST_DEEP, MOST_DIGITS, parse, parse_readable
 from lib_locon.index import facts_table
 from lib_locon.library import Library
+from lib_locon.untrusted_json import MOST_DEEP, MOST_DIGITS, parse, parse_readable
 from tests import random_adapters
 from tests.asgi import Client
 

@@ -13,7 +13,7 @@ from modules import shared
 from modules.ui_extra_networks import ExtraNetworksPage
 from PIL import Image
 
-from lib_locon.files.untrusted_json import parse
+from lib_locon.untrusted_json import parse
 
 TAB = "txt2img"
 _PART = re.compile(r'\s*(?:("(?:\\.|[^"\\])*")|opts\.(\w+)|([\d.]+))\s*(?:\+|$)')

@@ -15,7 +15,7 @@ from extensions_builtin_shim.app import App
 from extensions_builtin_shim.limits import BadRequest
 from extensions_builtin_shim.page.routes import ROUTES, Answer, NotFound, extension_file
 from extensions_builtin_shim.webui import Webui
-from lib_locon.files.untrusted_json import parse
+from lib_locon.untrusted_json import parse
 
 ADDRESS = "127.0.0.1"
 MAX_BODY = 64 * 1024  # bytes

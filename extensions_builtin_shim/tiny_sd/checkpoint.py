@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as tensors_of
 from safetensors.torch import save_file
+
+from lib_locon.files.reader import SafetensorsFile
 
 from .config import Config
 from .model import TinySD
@@ -34,16 +35,14 @@ def load(path: str | Path) -> TinySD:
     """The model in a file that `save` wrote, on the CPU in the file's dtypes.
 
     A file without the sizes (another tool may have rewritten it) is taken for a tiny one; missing, extra or
-    misshapen tensors raise RuntimeError.
+    misshapen tensors raise RuntimeError, and a file that is no safetensors file FileError.
     """
-    # Read, not opened by the library: that maps the file, and writing over it would end the process.
-    content = Path(path).read_bytes()
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    config = read_config(header.get("__metadata__", {}))
-    stored = tensors_of(content)
-    model = TinySD.skeleton(config)
+    file = SafetensorsFile(path)
+    model = TinySD.skeleton(read_config(file.metadata))
     live = {checkpoint_name(name): name for name in model.state_dict()}
-    model.load_state_dict({live.get(name, name): tensor for name, tensor in stored.items()}, assign=True)
+    with file.tensors() as data:
+        stored = {live.get(name, name): data.get_tensor(name) for name in file.entries}
+    model.load_state_dict(stored, assign=True)
     return model
 
 

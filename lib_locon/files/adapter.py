@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_locon.errors import FileChanged, FileError, printable
+from lib_locon.errors import FileChanged, FileError
 from lib_locon.families import ALPHA, RESHAPE, SCALE, UNSUPPORTED
 from lib_locon.families.build import Hints, Unread, build_layers, scale
 from lib_locon.families.layer import Layer
@@ -26,6 +26,7 @@ from lib_locon.files.peft_config import PeftConfig, read_config
 from lib_locon.files.pickled import TensorFile, open_adapter
 from lib_locon.files.reader import FileIdentity, SafetensorsFile, is_shape, shown
 from lib_locon.files.trainer_marks import TrainerMarks, read_marks
+from lib_locon.terminal import printable
 
 MAX_AXES = 5  # of a weight: out, in, and a kernel of three
 _WRAPPER = re.compile(r"\.modules_to_save(\.[^.]+)?")
@@ -44,7 +45,7 @@ class Unmatched:
 
     def __str__(self) -> str:
         """In one line: a key may hold anything, also what clears a terminal or turns the direction of writing."""
-        return f"{printable(self.key)}: {self.reason}"
+        return printable(f"{self.key}: {self.reason}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,12 +36,6 @@ class HandleIdentity(NamedTuple):
     size: int
     mtime_ns: int
 
-    @classmethod
-    def of(cls, file: FileIO) -> HandleIdentity:
-        """Raises OSError."""
-        found = os.fstat(file.fileno())
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
 
 def fill(file: FileIO, start: int, out: Tensor) -> None:
     """Bytes from `start` on into `out`, contiguous and on the CPU. Raises EOFError where the file ends before."""
@@ -87,7 +81,9 @@ class State(NamedTuple):
     @classmethod
     def of(cls, file: FileIO) -> State:
         """Raises OSError."""
-        return cls(HandleIdentity.of(file), os.fstat(file.fileno()).st_ctime_ns)
+        found = os.fstat(file.fileno())
+        identity = HandleIdentity(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(identity, found.st_ctime_ns)
 
 
 @contextmanager

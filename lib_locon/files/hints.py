@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lib_locon.families.build import Hints
 from lib_locon.families.dora import magnitude_side
-from lib_locon.files.untrusted_json import parse
+from lib_locon.untrusted_json import parse
 
 
 def dora_side(metadata: Mapping[str, str], magnitudes: Sequence[Tensor]) -> Hints:

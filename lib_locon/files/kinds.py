@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 _AGAIN = "download it again"
 _PICTURE = f"is a picture, not a model: {_AGAIN}"
-_ARCHIVE = "is an archive: unpack it, and put the .safetensors file in it here"
+ARCHIVE = "is an archive: unpack it, and put the .safetensors file in it here"
 STARTS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "is a git-lfs pointer, not the file itself: run `git lfs pull`, or download it again"),
     (
@@ -25,7 +25,7 @@ STARTS: tuple[tuple[bytes, str], ...] = (
         for protocol in range(2, 6)
     ),
     (b"GGUF", "is a GGUF file under another name: such files are not read here, get the adapter as safetensors"),
-    *((magic, _ARCHIVE) for magic in (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c", b"\x1f\x8b", b"\xfd7zXZ\0")),
+    *((magic, ARCHIVE) for magic in (b"Rar!\x1a\x07", b"7z\xbc\xaf\x27\x1c", b"\x1f\x8b", b"\xfd7zXZ\0")),
     *((magic, _PICTURE) for magic in (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM")),
     (b"\x89HDF\r\n", "is an HDF5 file (Keras), which is not read here: get the adapter as safetensors"),
     (b"\x93NUMPY", "is a NumPy file, which is not read here: get the adapter as safetensors"),

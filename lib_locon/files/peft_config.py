@@ -19,15 +19,16 @@ from torch import Tensor, tensor
 
 from lib_locon.errors import FileError
 from lib_locon.files.name_patterns import Pattern, UnknownPattern
+from lib_locon.files.pickled import ENDINGS as PICKLED
 from lib_locon.files.reader import CONFIG_NAME
 from lib_locon.files.regular import read_regular
-from lib_locon.files.untrusted_json import parse
+from lib_locon.untrusted_json import parse
 
 METADATA_KEY = "lora_adapter_metadata"
 MAX_BYTES = 1 << 20
 OWN_NAMES = ("adapter_model", "pytorch_lora_weights")
 """The names that PEFT and diffusers give the file that a configuration is for."""
-ADAPTER_ENDINGS = (".safetensors", ".bin", ".pt", ".ckpt")
+ADAPTER_ENDINGS = (".safetensors", *PICKLED)
 _PREFIX = "base_model.model."
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 _READ_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")

@@ -26,7 +26,7 @@ from torch import Tensor
 from lib_locon.errors import FileChanged, FileError
 from lib_locon.files import kinds
 from lib_locon.files.handles import State, fill, read_exactly, safe_open
-from lib_locon.files.untrusted_json import parse
+from lib_locon.untrusted_json import parse
 
 DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, attribute)

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from lib_locon.errors import printable
+from lib_locon.terminal import printable
 
 log = logging.getLogger("lib_locon")
 

@@ -9,8 +9,8 @@ from typing import Any, TypedDict
 
 from lib_locon.errors import LoconError
 from lib_locon.files.pickled import open_adapter
-from lib_locon.files.untrusted_json import parse_readable
 from lib_locon.library import Entry, Library
+from lib_locon.untrusted_json import parse_readable
 
 _FIRST = ("ss_sd_model_name", "ss_resolution", "ss_clip_skip", "ss_num_train_images", "ss_tag_frequency")
 """Keys that the built-in puts before all others: its page shows them in this order."""

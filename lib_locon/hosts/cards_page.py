@@ -127,14 +127,12 @@ class CardsPage(ui_extra_networks.ExtraNetworksPage):  # type: ignore[misc]  # t
 
     def preview(self, card: Card) -> str | None:
         """The address of the card's picture, beside the file or in it."""
-        try:
+        with suppress(UnicodeEncodeError):  # a name that is no Unicode text has no address
             if card.preview is not None:
                 link: str = self.link_preview(os.path.abspath(card.preview))  # noqa: PTH100
                 return link
             if card.facts is not None and card.facts.has_cover:
                 return f"./sd_extra_networks/cover-images?page={self.extra_networks_tabname}&item={quote(card.name)}"
-        except UnicodeEncodeError:
-            pass  # the name is no Unicode text, and has no address
         return None
 
     def preview_file(self, card: Card) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl
 
-from lib_locon.files.untrusted_json import parse
 from lib_locon.hosts.guard import Logins, is_local, may_ask
+from lib_locon.untrusted_json import parse
 
 log = logging.getLogger("lib_locon")
 MAX_BODY = 1_000_000

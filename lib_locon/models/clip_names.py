@@ -27,14 +27,18 @@ _PROCESSOR = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": 
 Views = Mapping[str, tuple[View, ...]]
 
 
+def _without_levels(name: str) -> str:
+    for level in _LEVELS:
+        name = name.removeprefix(level)
+    return name
+
+
 def text_encoder_names(name: str) -> Iterator[str]:
     """The names by which adapters call the CLIP or T5 module `name` (its dotted name inside the component).
 
     The level `text_model` comes and goes with the version of the library that a trainer used.
     """
-    bare = name
-    for level in _LEVELS:
-        bare = bare.removeprefix(level)
+    bare = _without_levels(name)
     yield from dict.fromkeys((name, f"text_model.{bare}", bare))
     stem, _, projection = bare.rpartition(".")
     if stem.endswith(".self_attn") and projection in _PROCESSOR:
@@ -56,9 +60,7 @@ def open_clip_names(name: str) -> str | None:
 
 def open_clip_spellings(name: str) -> Iterator[str]:
     """OpenCLIP's names of the Hugging Face module `name` (inside a text encoder); none for what has none."""
-    bare = name
-    for level in _LEVELS:
-        bare = bare.removeprefix(level)
+    bare = _without_levels(name)
     found = _TO_OPEN_CLIP.get(bare, "")
     if bare.startswith(_LAYERS):
         number, _, leaf = bare[len(_LAYERS) :].partition(".")
@@ -75,9 +77,7 @@ def fused_projections(bodies: Mapping[str, Views]) -> Iterator[tuple[str, Views]
     for body in bodies:
         stem, _, leaf = body.rpartition(".")
         parts = [bodies.get(f"{stem}.{name}") for name in ("q_proj", "k_proj", "v_proj")]
-        bare = stem
-        for level in _LEVELS:
-            bare = bare.removeprefix(level)
+        bare = _without_levels(stem)
         if leaf == "q_proj" and bare.startswith(_LAYERS) and bare.endswith(".self_attn") and all(parts):
             there = [part for part in parts if part]
             shared = [parameter for parameter in there[0] if all(parameter in part for part in there)]

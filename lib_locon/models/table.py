@@ -22,6 +22,7 @@ from lib_locon.models.clip_names import (
 from lib_locon.models.targets import Target, View
 from lib_locon.models.transformer_names import transformer_names
 from lib_locon.models.unet_names import SECOND_NAMES, diffusers_names, ldm_names
+from lib_locon.patching.eight_bits import HARMLESS, SCALES
 
 ROOTS: tuple[tuple[str, str], ...] = (
     ("model.diffusion_model.", "unet"),
@@ -45,10 +46,7 @@ _OF_A_HOST = (
     "unet.",
 )
 """What only a whole Stable Diffusion model has."""
-COMPANIONS = frozenset(
-    {"scale_weight", "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "scale_input", "scaled_fp8",
-     "pre_quant_scale", "comfy_quant"}
-)  # fmt: skip
+COMPANIONS = frozenset({*SCALES, *HARMLESS, "weight_scale_2", "pre_quant_scale"})
 """Parameters beside a weight of few bits that belong to it: nothing that adapters name."""
 _REFINER = "conditioner.embedders.0.model."
 """SDXL's refiner has the second text encoder only, in the first place."""

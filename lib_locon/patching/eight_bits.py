@@ -12,18 +12,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lib_locon.untrusted_json import parse
+
 FP8 = frozenset(
     dtype
     for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
     if (dtype := getattr(torch, name, None)) is not None
 )
 PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
-"""What the number, or the numbers, that a weight is to be multiplied by are called. The last one too is a factor: it is
-the inverse of what the weight was multiplied by when it was made."""
+
+
+def scale_names(parameter: str) -> tuple[str, ...]:
+    """The names of the number, or the numbers, that a parameter is to be multiplied by, beside it.
+
+    The last one too is a factor: it is the inverse of what the weight was multiplied by when it was made.
+    """
+    return f"scale_{parameter}", f"{parameter}_scale", f"{parameter}_scale_inv"
+
+
+SCALES = scale_names("weight")
 FORM = "comfy_quant"
 """Beside a weight: its form, as JSON in bytes."""
-_HARMLESS = frozenset({FORM, "input_scale", "scale_input", "scaled_fp8"})
+MOST_FORM_BYTES = 1 << 16
+"""Real ones have some dozens."""
+HARMLESS = frozenset({FORM, "input_scale", "scale_input", "scaled_fp8"})
 """Say nothing of what the weight's numbers stand for, but how its layer is run. (The form is read by itself.)"""
 _TELLING = ("scale", "zero_point", "svd_", "codebook", "absmax", "quant")
 """In the names of what changes the meaning of a weight's numbers."""
@@ -32,12 +44,24 @@ _KNOWN_FORMS = frozenset({"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"})
 
 def unknown_companion(names: Iterable[str]) -> str | None:
     """Of the names beside a weight of few bits, one that changes what its numbers stand for in a way not known here."""
-    known = {*SCALES, *_HARMLESS}
+    known = {*SCALES, *HARMLESS}
     return next((name for name in names if name not in known and any(mark in name for mark in _TELLING)), None)
 
 
-def unknown_form(form: Mapping[str, object]) -> str | None:
-    """The name of the form that is described so; None where the numbers times their scale are all there is to it."""
+def form_in(written: bytes) -> object:
+    """The form that lies beside a weight; None where it cannot be read."""
+    try:
+        return parse(written.decode())
+    except ValueError:
+        return None
+
+
+def unknown_form(form: object) -> str | None:
+    """Name a form, as JSON gives it; None where the numbers times their scale are all there is to it."""
+    if isinstance(form, str):
+        form = {"format": form}
+    if not isinstance(form, Mapping):
+        return "something that it does not tell"
     name, more = str(form.get("format", "")), form.get("params")
     rotated = form.get("convrot") or (isinstance(more, Mapping) and more.get("convrot"))
     if rotated:

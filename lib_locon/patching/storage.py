@@ -5,7 +5,6 @@ Knows no quantiser by name: it looks at dtypes and at what the module itself kee
 
 from __future__ import annotations
 
-import json
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -22,11 +21,13 @@ from lib_locon.models.targets import View
 from lib_locon.patching.eight_bits import (
     FORM,
     FP8,
+    MOST_FORM_BYTES,
     PLAIN,
     SCALES,
     Cost,
     decoded,
     encoded,
+    form_in,
     stretched,
     unknown_companion,
     unknown_form,
@@ -245,10 +246,8 @@ def _unknown(module: nn.Module, name: str) -> str | None:
     form = getattr(module, FORM, None) if _may_have(module, FORM) else None
     if not isinstance(form, Tensor):
         return None
-    try:
-        named = unknown_form(json.loads(bytes(form.detach().cpu().tolist())))
-    except (AttributeError, TypeError, ValueError):
-        named = f"a form that its {FORM} does not tell"
+    readable = form.dtype == torch.uint8 and not form.is_meta and form.numel() <= MOST_FORM_BYTES
+    named = unknown_form(form_in(bytes(form.detach().flatten().tolist())) if readable else None)
     return None if named is None else f"its form is {named}"
 
 

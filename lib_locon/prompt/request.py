@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lib_locon.errors import printable
 from lib_locon.prompt.blocks import BlockList
 from lib_locon.prompt.elements import Elements
 from lib_locon.prompt.keys import CURVES
 from lib_locon.prompt.numbers import Curve
 from lib_locon.prompt.strengths import Strengths
 from lib_locon.prompt.window import Window
+from lib_locon.terminal import printable
 
 __all__ = ["Problem", "Request", "Strengths"]
 ONE = Curve.constant(1.0)
