@@ -433,3 +433,21 @@ def test_a_session_leaves_out_what_is_not_known(desk: Desk, beside: dict[str, Te
     assert report.adapters[0].used == 0
     assert any(word in str(report) for word in ("zero_point", "convrot"))
     assert same_bits(model.get_parameter(f"{MODULE}.weight"), stored(torch.int8))
+
+
+STRANGE_FORMS = {
+    "deep": torch.tensor(list(b"[" * 60_000), dtype=torch.uint8),
+    "long": torch.zeros(1 << 20, dtype=torch.uint8),
+    "numbers": torch.tensor([0.5, 300.0]),
+    "several axes": torch.zeros(2, 3, dtype=torch.uint8),
+    "nothing in it": torch.empty(40, dtype=torch.uint8, device="meta"),
+}
+
+
+@pytest.mark.parametrize("form", STRANGE_FORMS.values(), ids=STRANGE_FORMS)
+def test_a_form_in_a_model_that_cannot_be_read_leaves_the_weight_out(desk: Desk, form: Tensor) -> None:
+    weight, scale, written = (f"{MODULE}.{name}" for name in ("weight", "weight_scale", "comfy_quant"))
+    model = model_of({weight: stored(torch.int8), scale: ONE, written: form})
+    report = lib_locon.Session(model).apply([lib_locon.Use(lib_locon.load(desk.adapter({ADAPTED: lora(4)})))])
+    assert "its form is something that it does not tell" in str(report)
+    assert same_bits(model.get_parameter(weight), stored(torch.int8))
