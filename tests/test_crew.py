@@ -526,7 +526,7 @@ def test_a_set_on_other_weights_takes_no_second_copy_of_the_base() -> None:
     assert max(most) <= max(sum(sizes[path] for path in half) for half in (one, other)) + max(sizes.values())
 
 
-@pytest.mark.parametrize("convert", ["clone", "to"])
+@pytest.mark.parametrize("convert", ["clone", "to", "same id"])
 def test_a_change_made_with_more_threads_is_known_again(convert: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A singular value's last bits depend on the number of threads; the base must not be lost for that."""
     monkeypatch.setattr(crews, "WORTHWHILE", 0)
@@ -547,14 +547,32 @@ def test_a_change_made_with_more_threads_is_known_again(convert: str, monkeypatc
             # as if another processor had made it: the last bits of some numbers
             noise = torch.randn(module.weight.shape, generator=generator) * 1e-7
             module.weight = nn.Parameter(module.weight + noise, requires_grad=False)
-    else:
+    elif convert == "to":
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             model.to(torch.float64).to(torch.float32)
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
+    else:
+        for module in model:
+            noise = torch.randn(module.weight.shape, generator=generator) * 1e-7
+            replace_at_the_same_id(module, module.weight + noise)
     assert engine.apply({}) == 4
     assert bits(model) == base
+
+
+def replace_at_the_same_id(module: nn.Module, value: Tensor) -> None:
+    """Puts a new parameter in place of the module's weight, which is freed and whose `id` the new one takes over."""
+    before = id(module.weight)
+    others = []  # kept alive, so that each try is at another address
+    del module.weight
+    for _ in range(1000):
+        weight = nn.Parameter(value, requires_grad=False)
+        if id(weight) == before:
+            module.weight = weight
+            return
+        others.append(weight)
+    pytest.skip("no new tensor took the id of the freed one")
 
 
 def test_the_least_change_of_a_weight_by_others_stays() -> None:

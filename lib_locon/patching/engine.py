@@ -240,11 +240,11 @@ class Engine:
         try:
             base = self.store.fetch(path, weight)
         except BaseLost:
-            if entry.weight == id(weight) and not weight.is_inference():
+            if entry.is_the_same(weight) and not weight.is_inference():
                 self._forget(path)  # the same tensor, written in place: a checkpoint was loaded into it
             return
         if entry.patches is None:  # what it was left with is nothing that could be known again
-            if entry.weight == id(weight):
+            if entry.is_the_same(weight):
                 self._forget(path)
             return
         if entry.is_still_in(weight, made_again(path, entry, base, self._writer), base):

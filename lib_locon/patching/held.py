@@ -56,6 +56,15 @@ class Held(NamedTuple):
             return True  # the writes are ours
         return self.weight == id(weight) and self.version == _version(weight)
 
+    def is_the_same(self, weight: Tensor) -> bool:
+        """Whether the weight is the tensor that was written, and not one that took over a freed one's id.
+
+        torch never counts the writes into a tensor down: one with fewer than were counted then is another.
+        """
+        if self.weight != id(weight):
+            return False
+        return weight.is_inference() or not isinstance(self.version, int) or self.version <= weight._version
+
     def is_still_in(self, weight: Tensor, ours: Tensor, base: Tensor) -> bool:
         """Whether the weight, or another in its place, holds what was written, which `ours` makes once more.
 
@@ -64,7 +73,7 @@ class Held(NamedTuple):
         must be nearer to ours, by far, than our change is large: no other checkpoint is, nor the base.
         """
         made = ours.to(weight.dtype)
-        if made.shape != weight.shape or same_bits(made, weight) or self.weight == id(weight):
+        if made.shape != weight.shape or same_bits(made, weight) or self.is_the_same(weight):
             return same_bits(made, weight)
         wide = working_dtype(base)
         change, rest = (made.to(wide) - other.detach().to(wide) for other in (base, weight))
